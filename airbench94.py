@@ -1,0 +1,843 @@
+"""
+airbench94: trains a network to 94% test accuracy on CIFAR-10, and times it.
+
+    python airbench94.py                    # finds or downloads CIFAR-10, trains, prints and logs
+    python airbench94.py --data synthetic   # the same without a network, on a made-up stand-in
+
+Cost: 0.36 PFLOPs a run, which is seconds on a GPU and minutes on a CPU with native bfloat16.
+Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").
+The siblings airbench94_compiled.py, airbench95.py and airbench96.py differ from this file by their
+recipe and by nothing else: `diff airbench94.py airbench95.py` shows it.
+"""
+
+import argparse
+import copy
+import ctypes
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+####################################################################################################
+# Hyperparameters (the paper, section 3 and its listing)
+####################################################################################################
+
+# lr and weight_decay are decoupled from the batch size and from each other (the paper, section 3.1):
+# lr is per 1,024 images seen and per unit of 1 + 1 / (1 - momentum); weight_decay is relative to lr.
+hyp = dict(
+    epochs=9.9,
+    batch_size=1024,
+    lr=11.5,
+    momentum=0.85,
+    weight_decay=0.0153,
+    bias_scaler=64.0,  # the BatchNorm biases learn this much faster
+    label_smoothing=0.2,
+    whiten_bias_epochs=3,  # the whitening layer's bias trains for so many epochs, then stays
+    lookahead=True,
+    aug=dict(flip=True, translate=2),
+    altflip=True,
+    widths=(64, 256, 256),
+    bn_momentum=0.4,  # PyTorch's convention: the weight of the new batch
+    scaling_factor=1 / 9,  # of the logits
+    tta_level=2,  # 0: the image; 1: and its mirror; 2: and two one-pixel translations of both
+)
+
+####################################################################################################
+# Data
+####################################################################################################
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2470, 0.2435, 0.2616)
+
+
+@functools.cache  # because to make them on a GPU waits for it
+def channel_statistics(dtype, device):
+    return [torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD)]
+
+
+def normalize(images):
+    """(N, 3, H, W) images in [0, 1] -> the same shape, standardised by CIFAR-10's channel statistics."""
+    mean, std = channel_statistics(images.dtype, images.device)
+    return images.sub(mean).div_(std)
+
+
+def batch_flip_lr(images, mask):
+    """Mirrors those of the (N, C, H, W) images left-right for which the bool (N,) mask is set."""
+    return torch.where(mask.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def batch_crop(padded, crop_size):
+    """A random crop_size square of each of the (N, C, H, W) images: (N, C, crop_size, crop_size)."""
+    offsets = padded.size(-1) - crop_size + 1
+    crops = padded.unfold(2, crop_size, 1).unfold(3, crop_size, 1)
+    y, x = torch.randint(offsets, (2, len(padded)), device=padded.device)
+    return crops[torch.arange(len(padded), device=padded.device), :, y, x]
+
+
+class CifarLoader:
+    """
+    The images of CIFAR-10 on one device, and batches of them, normalised and augmented there.
+
+        train_loader = CifarLoader('cifar10', train=True, batch_size=500, aug=dict(flip=True, translate=2))
+        mask = train_loader.labels < 6                     # an experiment on the first six classes
+        train_loader.images = train_loader.images[mask]
+        train_loader.labels = train_loader.labels[mask]
+        for inputs, labels in train_loader:                # (500, 3, 32, 32), (500,)
+            ...
+
+    path: a folder (None: $AIRBENCH_DATA, else cifar10), or 'synthetic'; see load_split.
+    aug: flip=True mirrors images left-right, translate=r moves them by up to r pixels each way.
+    drop_last, shuffle: None means what training and testing need: the value of train.
+    altflip: mirror each image in every other epoch, instead of at random (the paper, section 3.6).
+
+    Attributes, which may be assigned to at any time; the next iteration honours it:
+    images: float32 (N, 3, 32, 32) in [0, 1], channels_last, not normalised. labels: int64 (N,).
+    classes: the ten names. normalize: what turns a batch of images into the network's input.
+    epoch: the number of iterations begun so far.
+    Raises ValueError for an unknown augmentation, for images and labels that differ in number, and
+    for a batch larger than the data with drop_last.
+    """
+
+    def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
+                 altflip=True, device=None):
+        self.path = default_path() if path is None else path
+        data = load_split(self.path, train)
+        # (N, 32, 32, 3) in memory is (N, 3, 32, 32) in channels_last: nothing moves.
+        images = data['images'].to(device or default_device()).permute(0, 3, 1, 2)
+        self.images = images.float().div_(255)
+        self.labels = data['labels'].to(images.device)
+        self.classes = data['classes']
+        self.normalize = normalize
+        self.batch_size = batch_size
+        self.aug = aug or {}
+        self.drop_last = train if drop_last is None else drop_last
+        self.shuffle = train if shuffle is None else shuffle
+        self.altflip = altflip
+        self.epoch = 0
+        self.check()
+
+    def check(self):
+        unknown = set(self.aug) - {'flip', 'translate'}
+        if unknown:
+            raise ValueError(f'unknown augmentation {sorted(unknown)}: use flip, translate')
+        if len(self.images) != len(self.labels):
+            raise ValueError(f'the loader has {len(self.images)} images but {len(self.labels)} labels')
+        if self.batch_size < 1 or len(self) < 1:
+            raise ValueError(f'a batch of {self.batch_size} cannot be had from {len(self.images)} images')
+
+    def __len__(self):
+        return (len(self.images) if self.drop_last else len(self.images) + self.batch_size - 1) // self.batch_size
+
+    def __iter__(self):
+        self.check()
+        images, labels, epoch = self.images, self.labels.to(self.images.device), self.epoch
+        flip, translate = self.aug.get('flip', False), self.aug.get('translate', 0)
+        # With altflip these coins are tossed once, and the whole set is mirrored in odd epochs.
+        if flip and (epoch == 0 or not self.altflip or len(self.flip_mask) != len(images)):
+            self.flip_mask = torch.rand(len(images), device=images.device) < 0.5
+        self.epoch += 1
+
+        order = (torch.randperm if self.shuffle else torch.arange)(len(images), device=images.device)
+        # Batch by batch rather than for the whole set at once: the same work, in a cache instead of in memory.
+        for indices in order.split(self.batch_size)[:len(self)]:
+            inputs = self.normalize(images[indices])
+            if flip:
+                inputs = batch_flip_lr(inputs, self.flip_mask[indices])
+            if translate:
+                inputs = F.pad(inputs, (translate,) * 4, mode='reflect')
+                inputs = batch_crop(inputs, inputs.size(-1) - 2 * translate)
+            if flip and self.altflip and epoch % 2 == 1:
+                inputs = inputs.flip(-1)
+            yield inputs, labels[indices]
+
+
+####################################################################################################
+# Network
+####################################################################################################
+
+
+def conv3x3(channels_in, channels_out):
+    """A 3x3 convolution whose first channels_in filters begin as the identity (the paper, section 3.3)."""
+    conv = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight.data[:channels_in])
+    return conv
+
+
+def batchnorm(channels, momentum):
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
+    norm.weight.requires_grad = False
+    return norm
+
+
+class Block(nn.Module):
+    def __init__(self, channels_in, channels_out, bn_momentum):
+        super().__init__()
+        self.conv1 = conv3x3(channels_in, channels_out)
+        self.norm1 = batchnorm(channels_out, bn_momentum)
+        self.conv2 = conv3x3(channels_out, channels_out)
+        self.norm2 = batchnorm(channels_out, bn_momentum)
+
+    def forward(self, x):
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        x = F.gelu(self.norm2(self.conv2(x)))
+        return x
+
+
+class Net(nn.Module):
+    """(N, 3, 32, 32) normalised images -> (N, 10) logits in the weights' dtype."""
+
+    def __init__(self, widths, bn_momentum, scaling_factor):
+        super().__init__()
+        self.whiten = nn.Conv2d(3, 24, kernel_size=2, bias=True)
+        self.whiten.weight.requires_grad = False
+        nn.init.zeros_(self.whiten.bias)
+        self.blocks = nn.Sequential(*(Block(channels_in, channels_out, bn_momentum)
+                                      for channels_in, channels_out in zip((24, *widths), widths, strict=False)))
+        self.linear = nn.Linear(widths[-1], 10, bias=False)
+        self.scaling_factor = scaling_factor
+        self.autocast = False
+
+    def forward(self, x):
+        dtype = self.whiten.weight.dtype
+        x = x.to(dtype, memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext():
+            x = F.gelu(self.whiten(x))
+            x = F.max_pool2d(self.blocks(x), 3)
+            logits = self.linear(x.flatten(1))
+        return logits.to(dtype) * self.scaling_factor
+
+
+def make_net(widths=hyp['widths'], bn_momentum=hyp['bn_momentum'], scaling_factor=hyp['scaling_factor'], *,
+             device='cpu', dtype=torch.float32):
+    """
+    A new network, its whitening layer not yet initialised, in one of three precisions:
+    float16 throughout but for the BatchNorms (float32); bfloat16 by autocast over float32 weights; float32.
+    """
+    net = Net(widths, bn_momentum, scaling_factor)
+    net.autocast = dtype == torch.bfloat16
+    net = net.to(device, torch.float32 if net.autocast else dtype, memory_format=torch.channels_last)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    return net
+
+
+@torch.no_grad()
+def init_whitening(net, images, eps=5e-4):
+    """
+    Makes net's first layer whiten the 2x2 patches of these (N, 3, H, W) normalised images: its filters are
+    the eigenvectors of the patches' second moment, each over the root of its eigenvalue, and their
+    negatives (the paper, section 3.2; the idea is tysam-code's, from hlb-CIFAR10).
+    """
+    patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (eigenvectors / torch.sqrt(eigenvalues + eps)).T.reshape(12, 3, 2, 2)
+    net.whiten.weight.copy_(torch.cat((filters, -filters)))
+
+
+####################################################################################################
+# Optimisation
+####################################################################################################
+
+
+def make_optimizer(net, lr, momentum, weight_decay, bias_scaler, batch_size):
+    """Nesterov SGD for the sum of a batch's losses, with decoupled hyperparameters (the paper, section 3.1)."""
+    scale = 1024 * (1 + 1 / (1 - momentum))
+    biases = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' in name]
+    others = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' not in name]
+    groups = [dict(params=params, lr=peak_lr, peak_lr=peak_lr, weight_decay=weight_decay * batch_size / scale / peak_lr)
+              for params, peak_lr in ((biases, bias_scaler * lr / scale), (others, lr / scale))]
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=True)
+
+
+def lr_factor(step, total_steps):
+    """The share of its peak that the lr has at a step, from 0: 0.2, up to 1 at 23% of the steps, down to 0.07."""
+    peak = int(0.23 * total_steps)
+    if step < peak:
+        return 0.2 + 0.8 * step / peak
+    return 1 - 0.93 * (step - peak) / (total_steps - peak)
+
+
+def train_step(net, optimizer, inputs, labels, label_smoothing):
+    """One step of the optimiser; returns the loss, summed over the batch, and the (N, 10) logits, both detached."""
+    logits = net(inputs)
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction='sum')
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
+
+
+def lookahead_state(net):
+    """What the Lookahead averages: all floating-point tensors of the network, BatchNorm statistics too."""
+    return [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+
+
+def lookahead_update(average, state, decay):
+    """Moves the average towards the network's state, and the network to the average (the paper, section 3.4)."""
+    for slow, fast in zip(average, state, strict=True):
+        slow.lerp_(fast, 1 - decay)
+        fast.copy_(slow)
+
+
+####################################################################################################
+# Evaluation
+####################################################################################################
+
+EVAL_BATCH_SIZE = 2000
+
+
+@torch.no_grad()
+def infer(net, loader, tta_level=0):
+    """
+    The network's float32 (N, 10) logits for loader.images, in their order, whatever the loader's shuffling
+    and augmentation. tta_level 1 averages each image's logits with its mirror's; 2 takes half of that and
+    half the mean of the same for the image moved by one pixel up-left and down-right (the paper, section 3.5).
+    """
+    if tta_level not in (0, 1, 2):
+        raise ValueError(f'tta_level is 0, 1 or 2, not {tta_level}')
+
+    def mirrored(images):
+        if tta_level == 0:
+            return net(images).float()
+        return 0.5 * net(images).float() + 0.5 * net(images.flip(-1)).float()
+
+    def translated(images):
+        padded = F.pad(images, (1,) * 4, mode='reflect')
+        return 0.5 * (mirrored(padded[..., :-2, :-2]) + mirrored(padded[..., 2:, 2:]))
+
+    was_training = net.training
+    net.eval()
+    logits = []
+    for images in loader.images.split(EVAL_BATCH_SIZE):
+        images = loader.normalize(images)
+        logits.append(0.5 * (mirrored(images) + translated(images)) if tta_level == 2 else mirrored(images))
+    net.train(was_training)
+    return torch.cat(logits)
+
+
+def evaluate(net, loader, tta_level=0):
+    """The share of loader.images that the network gets right."""
+    logits = infer(net, loader, tta_level)
+    return (logits.argmax(1) == loader.labels.to(logits.device)).sum().item() / len(logits)
+
+
+####################################################################################################
+# Training
+####################################################################################################
+
+
+def train(train_loader=None, *, epochs=hyp['epochs'], batch_size=hyp['batch_size'], lr=hyp['lr'],
+          momentum=hyp['momentum'], weight_decay=hyp['weight_decay'], bias_scaler=hyp['bias_scaler'],
+          label_smoothing=hyp['label_smoothing'], whiten_bias_epochs=hyp['whiten_bias_epochs'],
+          lookahead=hyp['lookahead'], aug=hyp['aug'], altflip=hyp['altflip'], widths=hyp['widths'],
+          bn_momentum=hyp['bn_momentum'], scaling_factor=hyp['scaling_factor'], tta_level=hyp['tta_level'],
+          device=None, dtype=None, seed=None, verbose=True, test_loader=None, history=None, run=None):
+    """
+    Trains a network and returns it, in evaluation mode, ready for infer and evaluate.
+
+    train_loader: a CifarLoader, which stays as it is: a copy of it is used. None: CIFAR-10 as the scripts
+        find it, with this batch_size, aug and altflip, on this device; a loader brings its own.
+    epochs: fractions count. The schedule follows from the number of steps.
+    dtype: torch.float16, bfloat16 or float32, see make_net. None: the fastest that suits the device.
+    seed: seeds PyTorch's global generators; None leaves them as they are.
+    verbose: prints a table with a row an epoch. history: a list that takes its rows, as dicts. test_loader:
+        for the accuracies; None: the test set from the loader's path. Without verbose and history nothing
+        is evaluated. run: a name for the table's first column.
+    Raises ValueError for arguments that make no sense, FloatingPointError where the training diverges.
+    """
+    if train_loader is None:
+        train_loader = CifarLoader(None, True, batch_size, aug, altflip=altflip, device=device)
+    device = train_loader.images.device
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise ValueError(f'epochs must be more than 0, not {epochs}')
+    if seed is not None:
+        torch.manual_seed(seed)
+
+    net = make_net(widths, bn_momentum, scaling_factor, device=device, dtype=dtype or default_dtype(device))
+    optimizer = make_optimizer(net, lr, momentum, weight_decay, bias_scaler, train_loader.batch_size)
+    loader = copy.copy(train_loader)
+    loader.images, loader.epoch = loader.images.to(net.whiten.weight.dtype), 0
+    evaluated = verbose or history is not None
+    if evaluated and test_loader is None:
+        test_loader = CifarLoader(loader.path, train=False, device=device)
+    total_steps = math.ceil(epochs * len(loader))
+    step, shown = 0, time.perf_counter()
+
+    # The clock stands still during the validation after each epoch.
+    seconds, start = 0.0, synchronized_time(device)
+    init_whitening(net, loader.normalize(loader.images[:5000]))
+    state = lookahead_state(net)
+    average = [tensor.clone() for tensor in state]
+    for epoch in range(math.ceil(total_steps / len(loader))):
+        net.train()
+        net.whiten.bias.requires_grad_(epoch < whiten_bias_epochs)
+        losses = []
+        for inputs, labels in loader:
+            for group in optimizer.param_groups:
+                group['lr'] = group['peak_lr'] * lr_factor(step, total_steps)
+            loss, logits = train_step(net, optimizer, inputs, labels, label_smoothing)
+            losses.append(loss)
+            step += 1
+            if lookahead and step % 5 == 0:
+                lookahead_update(average, state, decay=0.95**5 * (step / total_steps)**3)
+            if verbose:
+                shown = show_progress(shown, seconds + time.perf_counter() - start, step, total_steps)
+            if step == total_steps:
+                break
+        if lookahead and step == total_steps:
+            lookahead_update(average, state, decay=1.0)
+        net.eval()
+        seconds += synchronized_time(device) - start
+
+        row = dict(run=run, epoch=epoch + 1, train_loss=loss.item() / len(inputs),
+                   train_acc=(logits.argmax(1) == labels).sum().item() / len(labels), time_seconds=seconds, steps=step)
+        if evaluated:
+            row['val_acc'] = evaluate(net, test_loader)
+            report(row, verbose, history)
+        if not all(tensor.isfinite().all() for tensor in (torch.stack(losses), *state)):
+            raise FloatingPointError(f'the training diverged in epoch {epoch + 1}: loss or weights are not finite')
+        start = synchronized_time(device)
+
+    if evaluated:
+        tta_val_acc = evaluate(net, test_loader, tta_level)
+        seconds += synchronized_time(device) - start
+        report(dict(run=run, epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step), verbose, history)
+    return net
+
+
+def warmup(*, batch_size=hyp['batch_size'], widths=hyp['widths'], device=None, dtype=None, test_size=10_000):
+    """
+    A few untimed steps of each kind that train takes, on noise: the whitening bias trained and frozen, and each
+    evaluation batch size. On CUDA a kernel's first use is slow, and cudnn.benchmark tries several.
+    """
+    device = torch.device(device or default_device())
+    net = make_net(widths, device=device, dtype=dtype or default_dtype(device))
+    optimizer = make_optimizer(net, hyp['lr'], hyp['momentum'], hyp['weight_decay'], hyp['bias_scaler'], batch_size)
+    images = torch.rand(max(batch_size, EVAL_BATCH_SIZE), 3, 32, 32, device=device)
+    labels = torch.randint(10, (batch_size,), device=device)
+    init_whitening(net, normalize(images))
+    for bias_trains in (True, False):
+        net.whiten.bias.requires_grad_(bias_trains)
+        for _ in range(3):
+            train_step(net, optimizer, normalize(images[:batch_size]), labels, hyp['label_smoothing'])
+    for size in {min(test_size, EVAL_BATCH_SIZE), test_size % EVAL_BATCH_SIZE} - {0}:
+        infer(net, SimpleNamespace(images=images[:size], normalize=normalize), hyp['tta_level'])
+
+
+####################################################################################################
+# Harness: where it runs
+####################################################################################################
+
+
+def default_device():
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def default_dtype(device):
+    """float16 on CUDA; bfloat16 on a CPU that computes it natively; else float32."""
+    if torch.device(device).type == 'cuda':
+        return torch.float16
+    native = torch.cpu.get_capabilities()
+    bfloat16 = torch.device(device).type == 'cpu' and (native.get('avx512_bf16') or native.get('amx_bf16'))
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def device_name(device):
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def synchronized_time(device):
+    """Seconds on a clock, once the device has done all that was asked of it."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def set_up_process(device):
+    """Settings of the whole process, for speed: what a script may do and an imported module may not."""
+    torch.backends.cudnn.benchmark = True
+    if 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun, which gives each of its processes one thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
+    if torch.device(device).type == 'cpu' and platform.libc_ver()[0] == 'glibc':
+        # glibc hands every large freed block back to the kernel, which must clear its pages anew for the next
+        # step. Keeping them (mallopt(3): M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) saves about a tenth of a step.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+####################################################################################################
+# Harness: the data's files
+####################################################################################################
+
+
+def default_path():
+    return os.environ.get('AIRBENCH_DATA') or 'cifar10'
+
+
+def load_split(path, train):
+    """
+    One half of CIFAR-10 as dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of 10 names),
+    from path/train.pt or path/test.pt; where those are missing, torchvision reads or downloads the data set
+    and they are written. path 'synthetic' makes up a stand-in. Raises ValueError for a file that is not in
+    order, FileNotFoundError where there is no data and no network.
+    """
+    if str(path) == 'synthetic':
+        return synthetic_split(train)
+    file = Path(path) / ('train.pt' if train else 'test.pt')
+    if not file.exists():
+        return fetch_cifar10(Path(path))['train' if train else 'test']
+    try:
+        data = torch.load(file, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f'{file} is not a readable PyTorch file: delete it, and run again to have it made anew '
+                         f'({type(error).__name__})') from error
+    check_split(data, file)
+    return data
+
+
+def check_split(data, file):
+    if not isinstance(data, dict) or not {'images', 'labels', 'classes'} <= set(data):
+        raise ValueError(f'{file} does not hold a dict of images, labels and classes')
+    images, labels, classes = data['images'], data['labels'], data['classes']
+    if not (torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
+            and images.shape[1:] == (32, 32, 3) and len(images) > 0):
+        raise ValueError(f'{file}: images must be a uint8 tensor (N, 32, 32, 3), not {describe(images)}')
+    if not (torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]):
+        raise ValueError(f'{file}: labels must be an int64 tensor ({len(images)},), not {describe(labels)}')
+    if not (isinstance(classes, list) and len(classes) == 10):
+        raise ValueError(f'{file}: classes must be a list of 10 names')
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f'{file}: labels must lie in 0 to 9, not in {labels.min()} to {labels.max()}')
+
+
+def describe(value):
+    return f'{value.dtype} {tuple(value.shape)}' if torch.is_tensor(value) else type(value).__name__
+
+
+def fetch_cifar10(folder):
+    """Both splits of CIFAR-10 from torchvision's files in folder or downloaded; cached as train.pt and test.pt."""
+    from torchvision.datasets import CIFAR10  # here, because importing it takes longer than all else
+
+    def read(root, download):
+        splits = {}
+        for name in ('train', 'test'):
+            data = CIFAR10(root, train=name == 'train', download=download)
+            splits[name] = dict(images=torch.from_numpy(data.data), labels=torch.tensor(data.targets),
+                                classes=data.classes)
+        return splits
+
+    splits = None
+    with suppress(RuntimeError):  # torchvision's word for files that are missing or damaged
+        splits = read(folder, download=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A folder of its own, because two processes may be here at once, and either may be cut off.
+        with tempfile.TemporaryDirectory(dir=folder, prefix='tmp-') as scratch:
+            if splits is None:
+                if (folder / CIFAR10.filename).exists():
+                    shutil.copy(folder / CIFAR10.filename, scratch)
+                splits = read(scratch, download=True)
+            for name, data in splits.items():
+                torch.save(data, Path(scratch, f'{name}.pt'))
+                os.replace(Path(scratch, f'{name}.pt'), folder / f'{name}.pt')
+    except Exception as error:
+        if splits is None:
+            raise FileNotFoundError(
+                f'no CIFAR-10 in {folder}, and it could not be downloaded ({error}). Put train.pt and test.pt, or '
+                f'the extracted cifar-10-batches-py, into {folder}; or name another folder with --data DIR or '
+                '$AIRBENCH_DATA; or try things out with --data synthetic') from error
+        print(f'note: the data could not be cached in {folder} ({error})', file=sys.stderr)
+    return splits
+
+
+def synthetic_split(train):
+    """50,000 or 10,000 CIFAR-shaped images: a smooth pattern for each of 10 classes under smooth and fine noise."""
+    generator = torch.Generator().manual_seed(0)
+    def smooth(n, size):
+        return F.interpolate(torch.randn(n, 3, size, size, generator=generator), size=32, mode='bilinear')
+    patterns = smooth(10, 4)
+    generator.manual_seed(1 if train else 2)
+    images = torch.empty(50_000 if train else 10_000, 32, 32, 3, dtype=torch.uint8)
+    labels = torch.randint(10, (len(images),), generator=generator)
+    for chunk, targets in zip(images.split(1000), labels.split(1000), strict=True):
+        noise = smooth(1000, 8) + 0.5 * torch.randn(1000, 3, 32, 32, generator=generator)
+        chunk.copy_((128 + 40 * (0.3 * patterns[targets] + noise)).clamp(0, 255).permute(0, 2, 3, 1))
+    return dict(images=images, labels=labels, classes=[f'pattern {i}' for i in range(10)])
+
+
+####################################################################################################
+# Harness: output and logs
+####################################################################################################
+
+SCRIPT = Path(__file__).stem
+COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'time_seconds')
+
+
+def print_row(row=None):
+    """Prints a row of the table of epochs; without one its head."""
+    cells = COLUMNS if row is None else [row.get(column) for column in COLUMNS]
+    cells = ['' if cell is None else f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells]
+    line = '|  ' + '  |  '.join(cell.rjust(len(column)) for cell, column in zip(cells, COLUMNS, strict=True)) + '  |'
+    rule = '-' * len(line) + '\n'
+    print((rule + line + '\n' + rule).rstrip('\n') if row is None else line, flush=True)
+
+
+def report(row, verbose, history):
+    if verbose:
+        if sys.stderr.isatty():
+            print('\r\033[K', end='', file=sys.stderr, flush=True)
+        if row['run'] is None and row['epoch'] == 1:
+            print_row()
+        print_row(row)
+    if history is not None:
+        history.append(row)
+
+
+def show_progress(shown, seconds, step, total_steps):
+    """On a terminal, and at most once a second, a line on how far the run is. Returns when it was last shown."""
+    now = time.perf_counter()
+    if now - shown < 1 or not sys.stderr.isatty():
+        return shown
+    eta = round(seconds / step * (total_steps - step))
+    print(f'\r\033[Kstep {step}/{total_steps}, {eta // 60}:{eta % 60:02d} to go', end='', file=sys.stderr, flush=True)
+    return now
+
+
+def count_pflops(steps, batch_size, test_size, tta_level):
+    """PFLOPs of a run by the paper's convention: a training image costs three forward passes, a view in TTA one."""
+    net = make_net(device='meta')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.empty(1, 3, 32, 32, device='meta'))
+    return counter.get_total_flops() * (3 * steps * batch_size + (1, 2, 6)[tta_level] * test_size) / 1e15
+
+
+def sha256(loader):
+    """Of the images as uint8 (N, 32, 32, 3) and the labels as int64, which are what train.pt and test.pt hold."""
+    images = loader.images.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return {name: hashlib.sha256(tensor.cpu().numpy()).hexdigest()
+            for name, tensor in (('images', images), ('labels', loader.labels))}
+
+
+def read_log(path):
+    """The headers and the runs of a log, and its length in bytes without a torn last line."""
+    text = path.read_bytes() if path.exists() else b''
+    size = text.rfind(b'\n') + 1
+    try:
+        records = [json.loads(line) for line in text[:size].splitlines()]
+        headers = [record for record in records if record['type'] == 'header']
+        runs = [record for record in records if record['type'] == 'run']
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{path} is not a log of these scripts: name another file with --log') from error
+    if text and not headers:
+        raise ValueError(f'{path} is not a log of these scripts: name another file with --log')
+    return headers, runs, size, len(text) - size
+
+
+def append_to_log(log, record):
+    """Writes a whole line, or none."""
+    size = os.fstat(log.fileno()).st_size
+    try:
+        log.write(json.dumps(record).encode() + b'\n')
+        log.flush()
+        os.fsync(log.fileno())
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(log.fileno(), size)
+        raise
+
+
+def open_log(path, header):
+    """The log, opened to append to it, its header written, and the runs that it holds already."""
+    headers, runs, size, torn = read_log(path)
+    if headers:
+        for key in ('script', 'hyperparameters', 'dtype', 'seed', 'data'):
+            if headers[-1][key] != header[key]:
+                raise ValueError(f'{path} holds runs of another {key}: {headers[-1][key]}, not {header[key]}. '
+                                 'Name another file with --log')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path, 'ab', buffering=0)
+    if torn:
+        print(f'note: dropped a torn last line of {torn} bytes from {path}', file=sys.stderr)
+        log.truncate(size)
+    if not headers or any(headers[-1][key] != header[key] for key in ('source', 'torch', 'device', 'threads')):
+        append_to_log(log, header)
+    return log, runs
+
+
+def print_summary(runs, header, path):
+    accuracies = [run['tta_val_acc'] for run in runs if not run['diverged']]
+    synthetic = 'SYNTHETIC data, ' if header['synthetic'] else ''
+    print(f'{header["script"]}: {len(runs)} runs, {synthetic}{header["dtype"]} on {header["device"]}, '
+          f'{header["threads"]} threads, seed {header["seed"]}')
+    if accuracies:
+        spread = ''
+        if len(accuracies) > 1:
+            deviation = statistics.stdev(accuracies)
+            spread = f'   std {deviation:.4f}   stderr {deviation / len(accuracies)**0.5:.4f}'
+        print(f'tta_val_acc   mean {statistics.fmean(accuracies):.4f}{spread}   n {len(accuracies)}')
+        finished = [run for run in runs if not run['diverged']]
+        print(f'time_seconds  mean {statistics.fmean(run["seconds"] for run in finished):.2f}')
+        print(f'PFLOPs        {finished[0]["pflops"]:.4g} a run')
+    if len(accuracies) < len(runs):
+        print(f'diverged      {len(runs) - len(accuracies)} of {len(runs)} runs, not in the means above')
+    print(f'log           {path}', flush=True)
+
+
+####################################################################################################
+# Harness: command line
+####################################################################################################
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--runs', type=int, help='number of runs (default: 25 on CUDA, else 1)')
+    parser.add_argument('--epochs', type=float, default=hyp['epochs'], help='fractions count (default: %(default)s)')
+    parser.add_argument('--seed', type=int, help='run i uses seed + i (default: the log\'s, else drawn and logged)')
+    parser.add_argument('--data', default=default_path(), metavar='DIR',
+                        help='folder of train.pt and test.pt or of CIFAR-10\'s own files, to which it is downloaded '
+                             'otherwise; "synthetic" makes up a stand-in (default: $AIRBENCH_DATA, else cifar10)')
+    parser.add_argument('--device', default=default_device(),
+                        help='cuda, cuda:1, cpu; mps is untested (default: cuda, or cpu where there is none)')
+    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'),
+                        help='default: float16 on CUDA, bfloat16 on a CPU that has it natively, else float32')
+    parser.add_argument('--log', type=Path, metavar='FILE',
+                        help='JSON lines; an existing log of the same recipe is taken up and filled to --runs '
+                             '(default: a new file in logs/)')
+    args = parser.parse_args()
+    rank = int(os.environ.get('RANK', 0))
+    if args.log is None:
+        now = time.strftime('%Y%m%d-%H%M%S', time.gmtime())
+        args.log = Path('logs', f'{SCRIPT}-{now}-{secrets.token_hex(3)}.jsonl')
+    if 'RANK' in os.environ:
+        args.log = args.log.with_suffix(f'.rank{rank}{args.log.suffix}')
+    try:
+        device = torch.device(args.device)
+        if 'LOCAL_RANK' in os.environ and device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
+    if device.type not in ('cuda', 'cpu', 'mps'):
+        parser.error(f'--device {args.device}: use cuda, cpu or mps')
+    args.device, args.dtype = str(device), args.dtype or str(default_dtype(device)).removeprefix('torch.')
+    if args.runs is None:
+        args.runs = 25 if device.type == 'cuda' else 1
+    if args.runs < 1:
+        parser.error(f'--runs must be at least 1, not {args.runs}')
+    if not (math.isfinite(args.epochs) and args.epochs > 0):
+        parser.error(f'--epochs must be more than 0, not {args.epochs:g}')
+    if args.seed is not None and not 0 <= args.seed < 2**62:
+        parser.error(f'--seed must be at least 0 and less than 2**62, not {args.seed}')
+    if device.type == 'cpu' and args.dtype == 'float16':
+        parser.error('--dtype float16 is tens of times slower on a CPU: use bfloat16 or float32')
+    if device.type == 'mps' and args.dtype != 'float32':
+        parser.error('--dtype must be float32 on mps')
+    return args
+
+
+def set_up(args):
+    """The two loaders, the log's header, the log, and the runs already in it."""
+    train_loader, test_loader = (
+        CifarLoader(args.data, train, hyp['batch_size'], hyp['aug'] if train else None, altflip=hyp['altflip'],
+                    device=args.device) for train in (True, False))
+    headers = read_log(args.log)[0]
+    seed = args.seed
+    if seed is None:
+        seed = headers[-1]['seed'] if headers else secrets.randbelow(2**32)
+    header = dict(
+        type='header', script=SCRIPT, hyperparameters=json.loads(json.dumps(dict(hyp, epochs=args.epochs))),
+        dtype=args.dtype, seed=seed, data=dict(train=sha256(train_loader), test=sha256(test_loader)),
+        synthetic=args.data == 'synthetic', torch=torch.__version__, device=device_name(args.device),
+        threads=torch.get_num_threads(), time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        arguments={name: str(value) for name, value in vars(args).items()}, source=Path(__file__).read_text())
+    log, runs = open_log(args.log, header)
+    return train_loader, test_loader, header, log, runs
+
+
+def run_once(i, args, header, train_loader, test_loader, verbose):
+    """Trains once; returns the run's line for the log."""
+    rows, diverged = [], False
+    try:
+        train(train_loader, epochs=args.epochs, dtype=getattr(torch, args.dtype), seed=header['seed'] + i,
+              verbose=verbose, test_loader=test_loader, history=rows, run=i)
+    except FloatingPointError as error:
+        print(f'run {i}: {error}', file=sys.stderr)
+        diverged = True
+    epochs = [row for row in rows if row['epoch'] != 'eval']
+    finite = {column: [row[column] if math.isfinite(row[column]) else None for row in epochs]
+              for column in ('train_loss', 'train_acc', 'val_acc', 'time_seconds')}  # JSON has no NaN
+    return dict(type='run', run=i, seed=header['seed'] + i, diverged=diverged, **finite,
+                tta_val_acc=rows[-1].get('tta_val_acc'), seconds=rows[-1]['time_seconds'],
+                pflops=count_pflops(rows[-1]['steps'], hyp['batch_size'], len(test_loader.images), hyp['tta_level']))
+
+
+def main():
+    """The command line: returns the exit code."""
+    args = parse_arguments()
+    set_up_process(args.device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    try:
+        train_loader, test_loader, header, log, runs = set_up(args)
+    except (OSError, ValueError) as error:
+        print(f'{SCRIPT}: error: {error}', file=sys.stderr)
+        return 2
+    done, unsaved, code = {run['run'] for run in runs}, [], 0
+    try:
+        if rank == 0:
+            print(f'{SCRIPT}: seed {header["seed"]}, {args.dtype} on {header["device"]}'
+                  + (', SYNTHETIC data' if header['synthetic'] else '') + f', log {args.log}')
+            print_row()
+        if torch.device(args.device).type == 'cuda':
+            warmup(device=args.device, dtype=getattr(torch, args.dtype), test_size=len(test_loader.images))
+        for i in range(rank, args.runs, world_size):
+            if i in done:
+                continue
+            runs.append(run_once(i, args, header, train_loader, test_loader, verbose=rank == 0))
+            try:
+                append_to_log(log, runs[-1])
+            except OSError as error:
+                unsaved.append(i)
+                print(f'run {i} was not saved in {args.log}: {error}', file=sys.stderr)
+        code = 1 if unsaved or all(run['diverged'] for run in runs) else 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit as stop:
+        code = stop.code
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        return code
+    print_summary(runs, header, args.log)
+    return code
+
+
+if __name__ == '__main__':
+    sys.exit(main())
