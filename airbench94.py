@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,7 @@ class CifarLoader:
         # With altflip these coins are tossed once, and the whole set is mirrored in odd epochs.
         if flip and (epoch == 0 or not self.altflip or len(self.flip_mask) != len(images)):
             self.flip_mask = torch.rand(len(images), device=images.device) < 0.5
+        flip_mask = self.flip_mask if flip else None
         self.epoch += 1
 
         order = (torch.randperm if self.shuffle else torch.arange)(len(images), device=images.device)
@@ -159,7 +161,7 @@ class CifarLoader:
         for indices in order.split(self.batch_size)[:len(self)]:
             inputs = self.normalize(images[indices])
             if flip:
-                inputs = batch_flip_lr(inputs, self.flip_mask[indices])
+                inputs = batch_flip_lr(inputs, flip_mask[indices])
             if translate:
                 inputs = F.pad(inputs, (translate,) * 4, mode='reflect')
                 inputs = batch_crop(inputs, inputs.size(-1) - 2 * translate)
@@ -380,6 +382,8 @@ def train(train_loader=None, *, epochs=hyp['epochs'], batch_size=hyp['batch_size
         test_loader = CifarLoader(loader.path, train=False, device=device)
     total_steps = math.ceil(epochs * len(loader))
     step, shown = 0, time.perf_counter()
+    if verbose and run is None:
+        print_head(loader.path)
 
     # The clock stands still during the validation after each epoch.
     seconds, start = 0.0, synchronized_time(device)
@@ -453,21 +457,16 @@ def default_device():
 
 def default_dtype(device):
     """float16 on CUDA; bfloat16 on a CPU that computes it natively; else float32."""
-    if torch.device(device).type == 'cuda':
-        return torch.float16
-    native = torch.cpu.get_capabilities()
-    bfloat16 = torch.device(device).type == 'cpu' and (native.get('avx512_bf16') or native.get('amx_bf16'))
-    return torch.bfloat16 if bfloat16 else torch.float32
+    device, native = torch.device(device), torch.cpu.get_capabilities()
+    if device.type == 'cpu' and (native.get('avx512_bf16') or native.get('amx_bf16')):
+        return torch.bfloat16
+    return torch.float16 if device.type == 'cuda' else torch.float32
 
 
 def device_name(device):
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return torch.cpu.get_capabilities().get('cpu_name') or platform.processor() or platform.machine()
 
 
 def synchronized_time(device):
@@ -478,13 +477,13 @@ def synchronized_time(device):
 
 
 def set_up_process(device):
-    """Settings of the whole process, for speed: what a script may do and an imported module may not."""
+    """What speeds up the whole process, and so is a script's to do and not an imported module's."""
     torch.backends.cudnn.benchmark = True
-    if 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun, which gives each of its processes one thread
+    if 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun gives each of its processes one thread
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
-    if torch.device(device).type == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        # glibc hands every large freed block back to the kernel, which must clear its pages anew for the next
-        # step. Keeping them (mallopt(3): M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) saves about a tenth of a step.
+    if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
+        # glibc hands every large freed block back to the kernel, which clears its pages anew in the next step.
+        # Keeping them, by mallopt(3) with M_MMAP_MAX = -4 and M_TRIM_THRESHOLD = -1, saves a tenth of the time.
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)
         libc.mallopt(-1, 2**31 - 1)
@@ -501,94 +500,93 @@ def default_path():
 
 def load_split(path, train):
     """
-    One half of CIFAR-10 as dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of 10 names),
-    from path/train.pt or path/test.pt; where those are missing, torchvision reads or downloads the data set
-    and they are written. path 'synthetic' makes up a stand-in. Raises ValueError for a file that is not in
-    order, FileNotFoundError where there is no data and no network.
+    One half of CIFAR-10 as dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=10 names), from
+    path/train.pt or path/test.pt; where it is missing, torchvision reads or downloads the data set, and both
+    are written. path 'synthetic' makes up a stand-in. Raises ValueError for a file that is not in order,
+    FileNotFoundError where there is neither data nor network.
     """
     if str(path) == 'synthetic':
         return synthetic_split(train)
-    file = Path(path) / ('train.pt' if train else 'test.pt')
+    name = 'train' if train else 'test'
+    file = Path(path, f'{name}.pt')
     if not file.exists():
-        return fetch_cifar10(Path(path))['train' if train else 'test']
+        return fetch_cifar10(Path(path))[name]
     try:
-        data = torch.load(file, weights_only=True)
-    except OSError:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # its guesses at what a damaged file may be
+            data = torch.load(file, map_location='cpu', weights_only=True)
+    except PermissionError:
         raise
-    except Exception as error:
-        raise ValueError(f'{file} is not a readable PyTorch file: delete it, and run again to have it made anew '
-                         f'({type(error).__name__})') from error
-    check_split(data, file)
+    except Exception as error:  # whatever the zip reader and the unpickler make of it
+        raise ValueError(f'{file} is damaged, or no file of PyTorch tensors: delete it and run again') from error
+
+    images, labels, classes = (data.get(key) if isinstance(data, dict) else None
+                               for key in ('images', 'labels', 'classes'))
+    for key, value, dtype, shape in (('images', images, torch.uint8, ('N', 32, 32, 3)),
+                                     ('labels', labels, torch.int64, ('N',))):
+        if not (torch.is_tensor(value) and value.dtype == dtype and value.shape[1:] == shape[1:] and value.numel()):
+            found = f'{value.dtype} {tuple(value.shape)}' if torch.is_tensor(value) else type(value).__name__
+            raise ValueError(f'{file}: {key} must be a {dtype} tensor of shape {shape}, and is {found}')
+    if len(images) != len(labels):
+        raise ValueError(f'{file} has {len(images)} images but {len(labels)} labels')
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f'{file}: labels must be 0 to 9, and are {labels.min()} to {labels.max()}')
+    if not (isinstance(classes, list) and len(classes) == 10):
+        raise ValueError(f'{file}: classes must be a list of 10 names')
     return data
 
 
-def check_split(data, file):
-    if not isinstance(data, dict) or not {'images', 'labels', 'classes'} <= set(data):
-        raise ValueError(f'{file} does not hold a dict of images, labels and classes')
-    images, labels, classes = data['images'], data['labels'], data['classes']
-    if not (torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4
-            and images.shape[1:] == (32, 32, 3) and len(images) > 0):
-        raise ValueError(f'{file}: images must be a uint8 tensor (N, 32, 32, 3), not {describe(images)}')
-    if not (torch.is_tensor(labels) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]):
-        raise ValueError(f'{file}: labels must be an int64 tensor ({len(images)},), not {describe(labels)}')
-    if not (isinstance(classes, list) and len(classes) == 10):
-        raise ValueError(f'{file}: classes must be a list of 10 names')
-    if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f'{file}: labels must lie in 0 to 9, not in {labels.min()} to {labels.max()}')
-
-
-def describe(value):
-    return f'{value.dtype} {tuple(value.shape)}' if torch.is_tensor(value) else type(value).__name__
-
-
+@functools.cache  # the second split comes with the first
 def fetch_cifar10(folder):
-    """Both splits of CIFAR-10 from torchvision's files in folder or downloaded; cached as train.pt and test.pt."""
-    from torchvision.datasets import CIFAR10  # here, because importing it takes longer than all else
+    """Both splits from torchvision's files in folder, or downloaded; cached there as train.pt and test.pt."""
+    from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
 
     def read(root, download):
-        splits = {}
-        for name in ('train', 'test'):
-            data = CIFAR10(root, train=name == 'train', download=download)
-            splits[name] = dict(images=torch.from_numpy(data.data), labels=torch.tensor(data.targets),
-                                classes=data.classes)
-        return splits
+        halves = {name: CIFAR10(root, train=name == 'train', download=download) for name in ('train', 'test')}
+        return {name: dict(images=torch.from_numpy(half.data), labels=torch.tensor(half.targets), classes=half.classes)
+                for name, half in halves.items()}
 
     splits = None
-    with suppress(RuntimeError):  # torchvision's word for files that are missing or damaged
+    with suppress(RuntimeError):  # so torchvision says that files are missing or damaged
         splits = read(folder, download=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, because two processes may be here at once, and either may be cut off.
+        # A folder of its own, because another process may be at the same, and either may be cut off.
         with tempfile.TemporaryDirectory(dir=folder, prefix='tmp-') as scratch:
             if splits is None:
                 if (folder / CIFAR10.filename).exists():
                     shutil.copy(folder / CIFAR10.filename, scratch)
                 splits = read(scratch, download=True)
-            for name, data in splits.items():
-                torch.save(data, Path(scratch, f'{name}.pt'))
-                os.replace(Path(scratch, f'{name}.pt'), folder / f'{name}.pt')
+            for file in (folder / 'train.pt', folder / 'test.pt'):
+                if not file.exists():
+                    torch.save(splits[file.stem], Path(scratch, file.name))
+                    os.replace(Path(scratch, file.name), file)
     except Exception as error:
         if splits is None:
+            with suppress(OSError):
+                folder.rmdir()  # unless it holds something
             raise FileNotFoundError(
-                f'no CIFAR-10 in {folder}, and it could not be downloaded ({error}). Put train.pt and test.pt, or '
-                f'the extracted cifar-10-batches-py, into {folder}; or name another folder with --data DIR or '
-                '$AIRBENCH_DATA; or try things out with --data synthetic') from error
+                f'no CIFAR-10 in {folder}, and it cannot be downloaded ({error}). Put train.pt and test.pt or the '
+                f'extracted archive into {folder}, name another folder with --data DIR, or use --data synthetic'
+            ) from error
         print(f'note: the data could not be cached in {folder} ({error})', file=sys.stderr)
     return splits
 
 
 def synthetic_split(train):
-    """50,000 or 10,000 CIFAR-shaped images: a smooth pattern for each of 10 classes under smooth and fine noise."""
+    """50,000 or 10,000 made-up images: a smooth pattern for each of 10 classes, under smooth and fine noise."""
     generator = torch.Generator().manual_seed(0)
+
     def smooth(n, size):
         return F.interpolate(torch.randn(n, 3, size, size, generator=generator), size=32, mode='bilinear')
+
     patterns = smooth(10, 4)
     generator.manual_seed(1 if train else 2)
     images = torch.empty(50_000 if train else 10_000, 32, 32, 3, dtype=torch.uint8)
     labels = torch.randint(10, (len(images),), generator=generator)
-    for chunk, targets in zip(images.split(1000), labels.split(1000), strict=True):
+    for chunk, classes in zip(images.split(1000), labels.split(1000), strict=True):
         noise = smooth(1000, 8) + 0.5 * torch.randn(1000, 3, 32, 32, generator=generator)
-        chunk.copy_((128 + 40 * (0.3 * patterns[targets] + noise)).clamp(0, 255).permute(0, 2, 3, 1))
+        chunk.copy_((128 + 40 * (0.3 * patterns[classes] + noise)).clamp(0, 255).permute(0, 2, 3, 1))
     return dict(images=images, labels=labels, classes=[f'pattern {i}' for i in range(10)])
 
 
@@ -600,28 +598,26 @@ SCRIPT = Path(__file__).stem
 COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'time_seconds')
 
 
-def print_row(row=None):
-    """Prints a row of the table of epochs; without one its head."""
-    cells = COLUMNS if row is None else [row.get(column) for column in COLUMNS]
-    cells = ['' if cell is None else f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells]
-    line = '|  ' + '  |  '.join(cell.rjust(len(column)) for cell, column in zip(cells, COLUMNS, strict=True)) + '  |'
-    rule = '-' * len(line) + '\n'
-    print((rule + line + '\n' + rule).rstrip('\n') if row is None else line, flush=True)
+def print_head(path):
+    line = '|  ' + '  |  '.join(COLUMNS) + '  |' + ('  SYNTHETIC data' if str(path) == 'synthetic' else '')
+    print('-' * len(line), line, '-' * len(line), sep='\n', flush=True)
 
 
 def report(row, verbose, history):
-    if verbose:
-        if sys.stderr.isatty():
-            print('\r\033[K', end='', file=sys.stderr, flush=True)
-        if row['run'] is None and row['epoch'] == 1:
-            print_row()
-        print_row(row)
+    """Takes a row of the table to where it is wanted."""
     if history is not None:
         history.append(row)
+    if verbose:
+        cells = [row.get(column) for column in COLUMNS]
+        cells = ['' if cell is None else f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells]
+        cells = [cell.rjust(len(column)) for cell, column in zip(cells, COLUMNS, strict=True)]
+        if sys.stderr.isatty():
+            print('\r\033[K', end='', file=sys.stderr, flush=True)
+        print('|  ' + '  |  '.join(cells) + '  |', flush=True)
 
 
 def show_progress(shown, seconds, step, total_steps):
-    """On a terminal, and at most once a second, a line on how far the run is. Returns when it was last shown."""
+    """On a terminal, and at most once a second, says how far the run is. Returns the time when it last did."""
     now = time.perf_counter()
     if now - shown < 1 or not sys.stderr.isatty():
         return shown
@@ -639,25 +635,10 @@ def count_pflops(steps, batch_size, test_size, tta_level):
 
 
 def sha256(loader):
-    """Of the images as uint8 (N, 32, 32, 3) and the labels as int64, which are what train.pt and test.pt hold."""
+    """Of the images as uint8 (N, 32, 32, 3) and of the labels, as they are in train.pt and test.pt."""
     images = loader.images.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     return {name: hashlib.sha256(tensor.cpu().numpy()).hexdigest()
             for name, tensor in (('images', images), ('labels', loader.labels))}
-
-
-def read_log(path):
-    """The headers and the runs of a log, and its length in bytes without a torn last line."""
-    text = path.read_bytes() if path.exists() else b''
-    size = text.rfind(b'\n') + 1
-    try:
-        records = [json.loads(line) for line in text[:size].splitlines()]
-        headers = [record for record in records if record['type'] == 'header']
-        runs = [record for record in records if record['type'] == 'run']
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f'{path} is not a log of these scripts: name another file with --log') from error
-    if text and not headers:
-        raise ValueError(f'{path} is not a log of these scripts: name another file with --log')
-    return headers, runs, size, len(text) - size
 
 
 def append_to_log(log, record):
@@ -665,48 +646,54 @@ def append_to_log(log, record):
     size = os.fstat(log.fileno()).st_size
     try:
         log.write(json.dumps(record).encode() + b'\n')
-        log.flush()
-        os.fsync(log.fileno())
     except OSError:
         with suppress(OSError):
-            os.ftruncate(log.fileno(), size)
+            log.truncate(size)
         raise
 
 
 def open_log(path, header):
-    """The log, opened to append to it, its header written, and the runs that it holds already."""
-    headers, runs, size, torn = read_log(path)
-    if headers:
-        for key in ('script', 'hyperparameters', 'dtype', 'seed', 'data'):
-            if headers[-1][key] != header[key]:
-                raise ValueError(f'{path} holds runs of another {key}: {headers[-1][key]}, not {header[key]}. '
-                                 'Name another file with --log')
+    """Opens the log to append to it, and writes the header where it tells something new. Returns it and its runs."""
+    text = path.read_bytes() if path.is_file() else b''
+    size = text.rfind(b'\n') + 1
+    try:
+        records = [json.loads(line) for line in text[:size].splitlines()]
+        headers = [record for record in records if record['type'] == 'header']
+        runs = [record for record in records if record['type'] == 'run']
+        old = headers[-1] if text else header
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f'{path} is not a log of this script: name another file with --log') from error
+    if header['seed'] is None:
+        header['seed'] = secrets.randbelow(2**32) if old is header else old['seed']
+    for key in ('script', 'hyperparameters', 'dtype', 'seed', 'data'):
+        if old[key] != header[key]:
+            raise ValueError(f'{path} holds runs of another {key}, {old[key]} and not {header[key]}: '
+                             'name another file with --log')
     path.parent.mkdir(parents=True, exist_ok=True)
     log = open(path, 'ab', buffering=0)
-    if torn:
-        print(f'note: dropped a torn last line of {torn} bytes from {path}', file=sys.stderr)
+    if size < len(text):
+        print(f'note: {path} ended in a torn line, which was dropped', file=sys.stderr)
         log.truncate(size)
-    if not headers or any(headers[-1][key] != header[key] for key in ('source', 'torch', 'device', 'threads')):
+    if old is header or any(old[key] != header[key] for key in ('source', 'torch', 'device', 'threads')):
         append_to_log(log, header)
     return log, runs
 
 
 def print_summary(runs, header, path):
-    accuracies = [run['tta_val_acc'] for run in runs if not run['diverged']]
     synthetic = 'SYNTHETIC data, ' if header['synthetic'] else ''
-    print(f'{header["script"]}: {len(runs)} runs, {synthetic}{header["dtype"]} on {header["device"]}, '
+    print(f'{SCRIPT}: {len(runs)} runs, {synthetic}{header["dtype"]} on {header["device"]}, '
           f'{header["threads"]} threads, seed {header["seed"]}')
-    if accuracies:
-        spread = ''
-        if len(accuracies) > 1:
+    finished = [run for run in runs if not run['diverged']]
+    if finished:
+        accuracies, spread = [run['tta_val_acc'] for run in finished], ''
+        if len(finished) > 1:
             deviation = statistics.stdev(accuracies)
-            spread = f'   std {deviation:.4f}   stderr {deviation / len(accuracies)**0.5:.4f}'
-        print(f'tta_val_acc   mean {statistics.fmean(accuracies):.4f}{spread}   n {len(accuracies)}')
-        finished = [run for run in runs if not run['diverged']]
+            spread = f'   std {deviation:.4f}   stderr {deviation / len(finished)**0.5:.4f}'
+        print(f'tta_val_acc   mean {statistics.fmean(accuracies):.4f}{spread}   n {len(finished)}')
         print(f'time_seconds  mean {statistics.fmean(run["seconds"] for run in finished):.2f}')
-        print(f'PFLOPs        {finished[0]["pflops"]:.4g} a run')
-    if len(accuracies) < len(runs):
-        print(f'diverged      {len(runs) - len(accuracies)} of {len(runs)} runs, not in the means above')
+        print(f'PFLOPs        {finished[0]["pflops"]:.3g} a run')
+    if len(finished) < len(runs):
+        print(f'diverged      {len(runs) - len(finished)} of {len(runs)} runs, which the means leave out')
     print(f'log           {path}', flush=True)
 
 
@@ -717,125 +704,119 @@ def print_summary(runs, header, path):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, help='number of runs (default: 25 on CUDA, else 1)')
+    parser.add_argument('--runs', type=int, metavar='N', help='number of runs (default: 25 on CUDA, else 1)')
     parser.add_argument('--epochs', type=float, default=hyp['epochs'], help='fractions count (default: %(default)s)')
-    parser.add_argument('--seed', type=int, help='run i uses seed + i (default: the log\'s, else drawn and logged)')
+    parser.add_argument('--seed', type=int, metavar='S',
+                        help='run i, from 0, uses seed S + i (default: the log\'s, or a new one, which is logged)')
     parser.add_argument('--data', default=default_path(), metavar='DIR',
-                        help='folder of train.pt and test.pt or of CIFAR-10\'s own files, to which it is downloaded '
-                             'otherwise; "synthetic" makes up a stand-in (default: $AIRBENCH_DATA, else cifar10)')
+                        help='folder with train.pt and test.pt or CIFAR-10\'s own files, to which it is downloaded '
+                             'otherwise; "synthetic": a made-up stand-in (default: $AIRBENCH_DATA, else cifar10)')
     parser.add_argument('--device', default=default_device(),
-                        help='cuda, cuda:1, cpu; mps is untested (default: cuda, or cpu where there is none)')
+                        help='cuda, cuda:1, cpu, or mps, which is untested (default: cuda if there is one, else cpu)')
     parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'),
                         help='default: float16 on CUDA, bfloat16 on a CPU that has it natively, else float32')
     parser.add_argument('--log', type=Path, metavar='FILE',
-                        help='JSON lines; an existing log of the same recipe is taken up and filled to --runs '
-                             '(default: a new file in logs/)')
+                        help='JSON lines; a log that exists is continued, up to N runs (default: a new one in logs/)')
     args = parser.parse_args()
-    rank = int(os.environ.get('RANK', 0))
+
+    try:
+        args.device = torch.device(args.device)
+        if 'LOCAL_RANK' in os.environ and args.device.type == 'cuda':
+            args.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.empty(1, device=args.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
+    if args.dtype is None:
+        args.dtype = str(default_dtype(args.device)).removeprefix('torch.')
+    if args.runs is None:
+        args.runs = 25 if args.device.type == 'cuda' else 1
+    if args.runs < 1:
+        parser.error('--runs must be at least 1')
+    if not 0 < args.epochs < math.inf:
+        parser.error('--epochs must be more than 0')
+    if not 0 <= (args.seed or 0) < 2**62:
+        parser.error('--seed must be from 0 to 2**62')
+    if args.device.type == 'cpu' and args.dtype == 'float16':
+        parser.error('--dtype float16 is tens of times slower on a CPU: use bfloat16 or float32')
+    if args.device.type == 'mps' and args.dtype != 'float32':
+        parser.error('--dtype must be float32 on mps')
     if args.log is None:
         now = time.strftime('%Y%m%d-%H%M%S', time.gmtime())
         args.log = Path('logs', f'{SCRIPT}-{now}-{secrets.token_hex(3)}.jsonl')
     if 'RANK' in os.environ:
-        args.log = args.log.with_suffix(f'.rank{rank}{args.log.suffix}')
-    try:
-        device = torch.device(args.device)
-        if 'LOCAL_RANK' in os.environ and device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
-    if device.type not in ('cuda', 'cpu', 'mps'):
-        parser.error(f'--device {args.device}: use cuda, cpu or mps')
-    args.device, args.dtype = str(device), args.dtype or str(default_dtype(device)).removeprefix('torch.')
-    if args.runs is None:
-        args.runs = 25 if device.type == 'cuda' else 1
-    if args.runs < 1:
-        parser.error(f'--runs must be at least 1, not {args.runs}')
-    if not (math.isfinite(args.epochs) and args.epochs > 0):
-        parser.error(f'--epochs must be more than 0, not {args.epochs:g}')
-    if args.seed is not None and not 0 <= args.seed < 2**62:
-        parser.error(f'--seed must be at least 0 and less than 2**62, not {args.seed}')
-    if device.type == 'cpu' and args.dtype == 'float16':
-        parser.error('--dtype float16 is tens of times slower on a CPU: use bfloat16 or float32')
-    if device.type == 'mps' and args.dtype != 'float32':
-        parser.error('--dtype must be float32 on mps')
+        args.log = args.log.with_suffix(f'.rank{os.environ["RANK"]}{args.log.suffix}')
     return args
 
 
 def set_up(args):
-    """The two loaders, the log's header, the log, and the runs already in it."""
+    """Reads and checks all that a run needs; returns the two loaders, the log, its header, and the runs in it."""
     train_loader, test_loader = (
         CifarLoader(args.data, train, hyp['batch_size'], hyp['aug'] if train else None, altflip=hyp['altflip'],
                     device=args.device) for train in (True, False))
-    headers = read_log(args.log)[0]
-    seed = args.seed
-    if seed is None:
-        seed = headers[-1]['seed'] if headers else secrets.randbelow(2**32)
     header = dict(
         type='header', script=SCRIPT, hyperparameters=json.loads(json.dumps(dict(hyp, epochs=args.epochs))),
-        dtype=args.dtype, seed=seed, data=dict(train=sha256(train_loader), test=sha256(test_loader)),
+        dtype=args.dtype, seed=args.seed, data=dict(train=sha256(train_loader), test=sha256(test_loader)),
         synthetic=args.data == 'synthetic', torch=torch.__version__, device=device_name(args.device),
         threads=torch.get_num_threads(), time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
         arguments={name: str(value) for name, value in vars(args).items()}, source=Path(__file__).read_text())
-    log, runs = open_log(args.log, header)
-    return train_loader, test_loader, header, log, runs
+    return train_loader, test_loader, *open_log(args.log, header), header
 
 
-def run_once(i, args, header, train_loader, test_loader, verbose):
+def run_once(i, args, seed, train_loader, test_loader, verbose):
     """Trains once; returns the run's line for the log."""
     rows, diverged = [], False
     try:
-        train(train_loader, epochs=args.epochs, dtype=getattr(torch, args.dtype), seed=header['seed'] + i,
-              verbose=verbose, test_loader=test_loader, history=rows, run=i)
+        train(train_loader, epochs=args.epochs, dtype=getattr(torch, args.dtype), seed=seed, verbose=verbose,
+              test_loader=test_loader, history=rows, run=i)
     except FloatingPointError as error:
         print(f'run {i}: {error}', file=sys.stderr)
         diverged = True
-    epochs = [row for row in rows if row['epoch'] != 'eval']
-    finite = {column: [row[column] if math.isfinite(row[column]) else None for row in epochs]
-              for column in ('train_loss', 'train_acc', 'val_acc', 'time_seconds')}  # JSON has no NaN
-    return dict(type='run', run=i, seed=header['seed'] + i, diverged=diverged, **finite,
+    columns = {column: [row[column] if math.isfinite(row[column]) else None for row in rows if column in row]
+               for column in ('train_loss', 'train_acc', 'val_acc', 'time_seconds')}  # JSON has no NaN
+    return dict(type='run', run=i, seed=seed, diverged=diverged, **columns,
                 tta_val_acc=rows[-1].get('tta_val_acc'), seconds=rows[-1]['time_seconds'],
                 pflops=count_pflops(rows[-1]['steps'], hyp['batch_size'], len(test_loader.images), hyp['tta_level']))
 
 
 def main():
-    """The command line: returns the exit code."""
+    """The command line; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     args = parse_arguments()
     set_up_process(args.device)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     try:
-        train_loader, test_loader, header, log, runs = set_up(args)
+        train_loader, test_loader, log, runs, header = set_up(args)
     except (OSError, ValueError) as error:
         print(f'{SCRIPT}: error: {error}', file=sys.stderr)
         return 2
-    done, unsaved, code = {run['run'] for run in runs}, [], 0
+
+    code, done = 0, {run['run'] for run in runs}
     try:
+        try:
+            if rank == 0:
+                print(f'{SCRIPT}: {args.dtype} on {header["device"]}, seed {header["seed"]}, log {args.log}')
+                print_head(args.data)
+            if args.device.type == 'cuda':
+                warmup(device=args.device, dtype=getattr(torch, args.dtype), test_size=len(test_loader.images))
+            for i in range(rank, args.runs, world_size):
+                if i in done:
+                    continue
+                runs.append(run_once(i, args, header['seed'] + i, train_loader, test_loader, verbose=rank == 0))
+                try:
+                    append_to_log(log, runs[-1])
+                except OSError as error:
+                    print(f'run {i}, {runs[-1]["tta_val_acc"]}, was not saved in {args.log}: {error}', file=sys.stderr)
+                    code = 1
+            if runs and all(run['diverged'] for run in runs):
+                code = 1
+        except SystemExit as stop:  # Ctrl-C or SIGTERM
+            code = stop.code
         if rank == 0:
-            print(f'{SCRIPT}: seed {header["seed"]}, {args.dtype} on {header["device"]}'
-                  + (', SYNTHETIC data' if header['synthetic'] else '') + f', log {args.log}')
-            print_row()
-        if torch.device(args.device).type == 'cuda':
-            warmup(device=args.device, dtype=getattr(torch, args.dtype), test_size=len(test_loader.images))
-        for i in range(rank, args.runs, world_size):
-            if i in done:
-                continue
-            runs.append(run_once(i, args, header, train_loader, test_loader, verbose=rank == 0))
-            try:
-                append_to_log(log, runs[-1])
-            except OSError as error:
-                unsaved.append(i)
-                print(f'run {i} was not saved in {args.log}: {error}', file=sys.stderr)
-        code = 1 if unsaved or all(run['diverged'] for run in runs) else 0
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except SystemExit as stop:
-        code = stop.code
-    except BrokenPipeError:
+            print_summary(runs, header, args.log)
+    except BrokenPipeError:  # as in `python airbench94.py | head -1`: nobody is left to read the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
-        return code
-    print_summary(runs, header, args.log)
     return code
 
 

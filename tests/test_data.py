@@ -1,0 +1,134 @@
+"""The loader: what it normalises, flips, crops and shuffles, and what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from airbench94 import CIFAR_MEAN, CIFAR_STD, CifarLoader, batch_crop, infer, load_split
+
+
+def plain_loader(tiny, **options):
+    return CifarLoader(tiny, train=True, batch_size=100, shuffle=False, device='cpu', **options)
+
+
+def epoch_of(loader):
+    return torch.cat([inputs for inputs, _ in loader])
+
+
+def test_loader_holds_what_the_file_holds(tiny):
+    loader, data = CifarLoader(tiny, train=False), load_split(tiny, train=False)
+    assert loader.images.shape == (96, 3, 32, 32) and loader.images.dtype == torch.float32
+    assert loader.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(loader.images[5, 2], data['images'][5, :, :, 2] / 255)
+    assert torch.equal(loader.labels, data['labels']) and loader.classes == data['classes']
+
+
+def test_normalize_is_by_channel(tiny):
+    loader = plain_loader(tiny)
+    images = loader.images[:7]
+    for channel in range(3):
+        expected = (images[:, channel] - CIFAR_MEAN[channel]) / CIFAR_STD[channel]
+        torch.testing.assert_close(loader.normalize(images)[:, channel], expected)
+    torch.testing.assert_close(epoch_of(loader), loader.normalize(loader.images)[:1100])
+
+
+def test_training_loader_shuffles_and_drops_the_rest(tiny):
+    loader = CifarLoader(tiny, train=True, batch_size=500)
+    assert len(loader) == 2 and [len(labels) for _, labels in loader] == [500, 500]
+    first, second = (torch.cat([labels for _, labels in loader]) for _ in range(2))
+    assert not torch.equal(first, second)
+    loader.drop_last = False
+    assert len(loader) == 3 and [len(labels) for _, labels in loader] == [500, 500, 100]
+    assert torch.equal(torch.cat([labels for _, labels in loader]).sort()[0], loader.labels.sort()[0])
+
+
+def test_inputs_stay_with_their_labels(tiny):
+    loader = CifarLoader(tiny, train=True, batch_size=1100)
+    loader.images = loader.images * 0 + loader.labels.view(-1, 1, 1, 1)
+    inputs, labels = next(iter(loader))
+    torch.testing.assert_close(inputs, loader.normalize(torch.ones_like(inputs) * labels.view(-1, 1, 1, 1)))
+
+
+def test_alternating_flip(tiny):
+    loader = plain_loader(tiny, aug=dict(flip=True))
+    plain = loader.normalize(loader.images)
+    epochs = [epoch_of(loader) for _ in range(3)]
+    upright = (epochs[0] == plain).flatten(1).all(1)
+    assert torch.equal(torch.where(upright.view(-1, 1, 1, 1), plain, plain.flip(-1)), epochs[0])
+    assert 0.4 < upright.float().mean() < 0.6
+    assert torch.equal(epochs[1], epochs[0].flip(-1))
+    assert torch.equal(epochs[2], epochs[0])
+
+
+def test_independent_flip(tiny):
+    loader = plain_loader(tiny, aug=dict(flip=True), altflip=False)
+    plain = loader.normalize(loader.images)
+    upright = torch.stack([(epoch_of(loader) == plain).flatten(1).all(1) for _ in range(3)])
+    assert ((upright.float().mean(1) - 0.5).abs() < 0.1).all()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert 0.4 < (upright[a] == upright[b]).float().mean() < 0.6
+
+
+def test_crops_come_from_the_padded_image_at_all_25_offsets(tiny):
+    loader = plain_loader(tiny, aug=dict(translate=2))
+    padded = F.pad(loader.normalize(loader.images), (2,) * 4, mode='reflect')
+    windows = torch.stack([padded[:, :, y:y + 32, x:x + 32] for y in range(5) for x in range(5)])
+    seen = []
+    for _ in range(2):
+        matches = (windows == epoch_of(loader)).flatten(2).all(2)
+        assert (matches.sum(0) == 1).all()
+        counts = matches.sum(1)
+        assert (counts > 15).all(), counts  # 44 expected of each
+        seen.append(matches)
+    assert not torch.equal(*seen)
+
+
+def test_crop_moves_x_and_y_independently():
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(5), torch.arange(5), indexing='ij')
+    corners = batch_crop(torch.stack((y, x)).float().expand(5000, 2, 5, 5), 1).flatten(1)
+    assert abs(torch.corrcoef(corners.T)[0, 1]) < 0.05
+
+
+def test_edits_are_honoured_after_epochs_have_run(tiny):
+    loader = CifarLoader(tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2))
+    list(loader)
+    mask = loader.labels < 6
+    loader.images = loader.images[mask]
+    loader.labels = loader.labels[mask]
+    assert len(loader) == int(mask.sum()) // 100
+    assert all((labels < 6).all() for _, labels in loader)
+    loader.images = torch.full_like(loader.images, 0.25)
+    torch.testing.assert_close(next(iter(loader))[0], loader.normalize(torch.full((100, 3, 32, 32), 0.25)))
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(aug=dict(flip=True, rotate=3)), 'rotate'),
+    (dict(batch_size=1101), '1101'),
+    (dict(batch_size=0), 'batch of 0'),
+])
+def test_what_makes_no_sense_is_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        CifarLoader(tiny, train=True, **options)
+
+
+def test_lengths_that_disagree_are_refused_when_iteration_starts(tiny):
+    loader = CifarLoader(tiny, train=True, batch_size=100)
+    loader.labels = loader.labels[:-1]
+    with pytest.raises(ValueError, match='1100 images but 1099 labels'):
+        next(iter(loader))
+
+
+def test_infer_keeps_the_order_of_the_images(tiny):
+    loader = CifarLoader(tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2))
+    brightness = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 1, bias=False))
+    torch.nn.init.ones_(brightness[1].weight)
+    expected = loader.normalize(loader.images).flatten(1).sum(1)
+    torch.testing.assert_close(infer(brightness, loader)[:, 0], expected, rtol=1e-3, atol=1e-2)
+
+
+def test_synthetic_split_is_cifar_shaped_and_fixed():
+    test = load_split('synthetic', train=False)
+    assert test['images'].shape == (10_000, 32, 32, 3) and test['images'].dtype == torch.uint8
+    assert test['labels'].bincount(minlength=10).min() > 850 and len(test['classes']) == 10
+    assert torch.equal(load_split('synthetic', train=False)['images'], test['images'])

@@ -1,0 +1,235 @@
+"""The network, its initialisation, the optimiser, the Lookahead and the evaluation, against their formulas."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import airbench94
+from airbench94 import (
+    hyp,
+    infer,
+    init_whitening,
+    lookahead_state,
+    lookahead_update,
+    lr_factor,
+    make_net,
+    make_optimizer,
+    normalize,
+    train_step,
+)
+
+
+def recipe_optimizer(net, batch_size=1024):
+    return make_optimizer(net, hyp['lr'], hyp['momentum'], hyp['weight_decay'], hyp['bias_scaler'], batch_size)
+
+
+def test_size_and_compute():
+    assert sum(p.numel() for p in make_net().parameters()) == 1_972_792
+    forward = airbench94.count_pflops(steps=0, batch_size=1024, test_size=1, tta_level=0) * 1e15
+    assert 235e6 < forward < 237e6
+    # By hand: twice the multiplications of each convolution and of the linear layer.
+    sizes = [(3 * 4, 24, 31), (24 * 9, 64, 31), (64 * 9, 64, 15), (64 * 9, 256, 15), (256 * 9, 256, 7),
+             (256 * 9, 256, 7), (256 * 9, 256, 3), (256, 10, 1)]
+    assert forward == 2 * sum(fan_in * out * size**2 for fan_in, out, size in sizes)
+    assert round(airbench94.count_pflops(476, 1024, 10_000, 2), 2) == 0.36
+    assert airbench94.count_pflops(476, 1024, 10_000, 2) == forward * (3 * 476 * 1024 + 6 * 10_000) / 1e15
+
+
+def test_the_network_is_the_one_described():
+    net = make_net().eval()
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        assert norm.eps == 1e-12 and norm.momentum == 0.4
+        assert norm.bias.requires_grad and not norm.weight.requires_grad and (norm.weight == 1).all()
+    assert not net.whiten.weight.requires_grad and (net.whiten.bias == 0).all()
+    nn.init.normal_(net.whiten.bias)
+    x = torch.randn(2, 3, 32, 32)
+    y = F.gelu(F.conv2d(x, net.whiten.weight, net.whiten.bias))
+    for block in net.blocks:
+        y = F.max_pool2d(F.conv2d(y, block.conv1.weight, padding=1), 2)
+        y = F.gelu(block.norm1(y))
+        y = F.gelu(block.norm2(F.conv2d(y, block.conv2.weight, padding=1)))
+    y = F.max_pool2d(y, 3).flatten(1) @ net.linear.weight.T / 9
+    torch.testing.assert_close(net(x), y)
+
+
+def test_identity_initialisation():
+    for block in make_net().blocks:
+        for conv in (block.conv1, block.conv2):
+            n = conv.weight.size(1)
+            x = torch.randn(2, n, 8, 8)
+            torch.testing.assert_close(conv(x)[:, :n], x)
+            if len(conv.weight) > n:
+                assert conv.weight[n:].std() > 0.01
+
+
+def test_whitening_makes_the_second_moment_diagonal():
+    torch.manual_seed(0)
+    images = normalize(F.interpolate(torch.rand(300, 3, 8, 8), size=32, mode='bilinear'))
+    net = make_net()
+    init_whitening(net, images)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(F.unfold(images, 2).transpose(1, 2).reshape(-1, 12).T.double(),
+                                                  correction=0))
+    outputs = F.conv2d(images, net.whiten.weight).permute(0, 2, 3, 1).reshape(-1, 24).double()
+    patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12).double()
+    eigenvalues = torch.linalg.eigvalsh(patches.T @ patches / len(patches))
+    moment = outputs[:, :12].T @ outputs[:, :12] / len(outputs)
+    torch.testing.assert_close(moment, torch.diag(eigenvalues / (eigenvalues + 5e-4)), rtol=1e-3, atol=1e-4)
+    assert torch.equal(net.whiten.weight[12:], -net.whiten.weight[:12])
+
+
+def test_learning_rates_and_weight_decays():
+    net = make_net()
+    biases, others = recipe_optimizer(net, batch_size=512).param_groups
+    k = 1024 * (1 + 1 / (1 - 0.85))
+    assert others['lr'] == pytest.approx(11.5 / k) and biases['lr'] == pytest.approx(64 * 11.5 / k)
+    for group in (biases, others):
+        assert group['weight_decay'] * group['lr'] == pytest.approx(0.0153 * 512 / k)
+        assert group['momentum'] == 0.85 and group['nesterov']
+    expected = {id(norm.bias) for norm in net.modules() if isinstance(norm, nn.BatchNorm2d)}
+    assert {id(p) for p in biases['params']} == expected
+    convs = [module.weight for module in net.blocks.modules() if isinstance(module, nn.Conv2d)]
+    assert {id(p) for p in others['params']} == {id(p) for p in (*convs, net.whiten.bias, net.linear.weight)}
+
+
+def test_lr_factor():
+    assert lr_factor(0, 476) == pytest.approx(0.2)
+    assert lr_factor(109, 476) == 1 and int(0.23 * 476) == 109
+    assert lr_factor(54.5, 476) == pytest.approx(0.6)
+    assert lr_factor(476, 476) == pytest.approx(0.07)
+    assert lr_factor((109 + 476) / 2, 476) == pytest.approx(1.07 / 2)
+    for total in range(1, 12):
+        assert all(0.07 <= lr_factor(step, total) <= 1 for step in range(total))
+    assert lr_factor(0, 1) == 1
+
+
+def test_frozen_bias_stays():
+    torch.manual_seed(0)
+    net = make_net(widths=(8, 8, 8)).train()
+    init_whitening(net, torch.randn(50, 3, 32, 32))
+    optimizer = recipe_optimizer(net)
+    x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    for _ in range(2):
+        train_step(net, optimizer, x, y, 0.2)
+    trained = net.whiten.bias.detach().clone()
+    assert (trained != 0).any()
+    weight = net.whiten.weight.clone()
+    net.whiten.bias.requires_grad_(False)
+    before = net.linear.weight.detach().clone()
+    for _ in range(2):
+        train_step(net, optimizer, x, y, 0.2)
+    assert torch.equal(net.whiten.bias, trained) and torch.equal(net.whiten.weight, weight)
+    assert not torch.equal(net.linear.weight, before)
+
+
+def test_the_loss_is_the_sum_of_smoothed_cross_entropies():
+    net = make_net(widths=(8, 8, 8)).train()
+    x, y = torch.randn(4, 3, 32, 32), torch.tensor([1, 5, 5, 9])
+    loss, logits = train_step(net, recipe_optimizer(net), x, y, 0.2)
+    targets = 0.8 * F.one_hot(y, 10) + 0.2 / 10
+    torch.testing.assert_close(loss, -(targets * logits.log_softmax(1)).sum())
+
+
+def test_lookahead_by_hand():
+    net = nn.BatchNorm1d(1)
+    state = lookahead_state(net)
+    assert len(state) == 4  # weight, bias, running mean and variance; not the count of batches
+    average = [tensor.clone() for tensor in state]
+    net.bias.data.fill_(10.0)
+    net.running_mean.fill_(4.0)
+    lookahead_update(average, state, decay=0.75)
+    assert net.bias.item() == average[1].item() == 2.5 and net.running_mean.item() == 1.0
+    net.bias.data.fill_(8.0)
+    lookahead_update(average, state, decay=1.0)
+    assert net.bias.item() == 2.5
+
+
+class Pixel(nn.Module):
+    """Logits that are one pixel of the image."""
+
+    def __init__(self, y, x):
+        super().__init__()
+        self.y, self.x = y, x
+
+    def forward(self, images):
+        return images[:, :, self.y, self.x]
+
+
+@pytest.mark.parametrize('y, x', [(13, 7), (0, 0), (31, 16)])
+def test_tta_weights(y, x):
+    loader = SimpleNamespace(images=torch.rand(5, 3, 32, 32), normalize=lambda images: images)
+    image = loader.images
+    padded = F.pad(image, (1,) * 4, mode='reflect')
+
+    def pixel_and_mirror(y, x, of, offset=0):
+        return (of[:, :, y, x] + of[:, :, y, 31 + 2 * offset - x]) / 2
+
+    net = Pixel(y, x)
+    torch.testing.assert_close(infer(net, loader, 0), image[:, :, y, x])
+    torch.testing.assert_close(infer(net, loader, 1), pixel_and_mirror(y, x, image))
+    up_left = (padded[:, :, y, x] + padded[:, :, y, 31 - x]) / 2
+    down_right = (padded[:, :, y + 2, x + 2] + padded[:, :, y + 2, 33 - x]) / 2
+    torch.testing.assert_close(infer(net, loader, 2),
+                               pixel_and_mirror(y, x, image) / 2 + up_left / 4 + down_right / 4)
+    with pytest.raises(ValueError, match='tta_level'):
+        infer(net, loader, 3)
+
+
+def test_infer_leaves_the_mode_as_it_was():
+    net, loader = Pixel(0, 0), SimpleNamespace(images=torch.rand(5, 3, 32, 32), normalize=normalize)
+    for mode in (True, False):
+        net.train(mode)
+        infer(net, loader)
+        assert net.training == mode
+
+
+def test_float16_on_the_meta_device():
+    """Whole steps of the CUDA recipe, for their dtypes and shapes, at full size."""
+    net = make_net(device='meta', dtype=torch.float16).train()
+    optimizer = recipe_optimizer(net)
+    state = lookahead_state(net)
+    average = [tensor.clone() for tensor in state]
+    for bias_trains in (True, False):
+        net.whiten.bias.requires_grad_(bias_trains)
+        inputs = torch.empty(1024, 3, 32, 32, dtype=torch.float16, device='meta')
+        labels = torch.empty(1024, dtype=torch.int64, device='meta')
+        loss, logits = train_step(net, optimizer, inputs, labels, hyp['label_smoothing'])
+        lookahead_update(average, state, decay=0.5)
+        assert loss.dtype == logits.dtype == torch.float16 and loss.shape == () and logits.shape == (1024, 10)
+    for name, p in net.named_parameters():
+        assert p.dtype == (torch.float32 if 'norm' in name else torch.float16), name
+    momenta = [(p, optimizer.state[p]['momentum_buffer']) for p in optimizer.state]
+    assert len(momenta) == 14 and all(buffer.dtype == p.dtype for p, buffer in momenta)
+    loader = SimpleNamespace(images=torch.empty(10_000, 3, 32, 32, device='meta'), normalize=normalize)
+    logits = infer(net, loader, tta_level=2)
+    assert logits.shape == (10_000, 10) and logits.dtype == torch.float32 and logits.device.type == 'meta'
+
+
+def test_float16_in_numbers_agrees_with_float32():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    start = make_net(widths=(16, 16, 16)).state_dict()
+    losses = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        net = make_net(widths=(16, 16, 16), dtype=dtype).train()
+        net.load_state_dict(start)
+        init_whitening(net, x)
+        optimizer = recipe_optimizer(net, batch_size=8)
+        losses[dtype] = torch.stack([train_step(net, optimizer, x, y, 0.2)[0].float() for _ in range(4)])
+    assert losses[torch.float32][-1] < losses[torch.float32][0]
+    torch.testing.assert_close(losses[torch.float16], losses[torch.float32], rtol=0.02, atol=0.1)
+    torch.testing.assert_close(losses[torch.bfloat16], losses[torch.float32], rtol=0.05, atol=0.1)
+
+
+def test_forward_pass_on_fake_cuda():
+    """No tensor of the forward pass is left on the CPU: the fake mode raises where devices mix."""
+    with FakeTensorMode():
+        net = make_net(device='cuda', dtype=torch.float16).train()
+        logits = net(torch.empty(64, 3, 32, 32, device='cuda', dtype=torch.float16))
+        assert logits.device.type == 'cuda' and logits.dtype == torch.float16 and logits.shape == (64, 10)
+        net.linear.weight.data = torch.empty(10, 256, dtype=torch.float16)
+        with pytest.raises(RuntimeError, match='device'):
+            net(torch.empty(64, 3, 32, 32, device='cuda', dtype=torch.float16))
