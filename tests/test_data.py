@@ -102,6 +102,15 @@ def test_edits_are_honoured_after_epochs_have_run(tiny):
     torch.testing.assert_close(next(iter(loader))[0], loader.normalize(torch.full((100, 3, 32, 32), 0.25)))
 
 
+def test_augmentation_can_be_turned_on_later(tiny):
+    loader = plain_loader(tiny)
+    plain = epoch_of(loader)
+    loader.aug = dict(flip=True)
+    flipped = epoch_of(loader)  # the loader's second epoch, and the first that flips
+    upright = (flipped == plain).flatten(1).all(1)
+    assert 0.4 < upright.float().mean() < 0.6 and torch.equal(epoch_of(loader), flipped.flip(-1))
+
+
 @pytest.mark.parametrize('options, message', [
     (dict(aug=dict(flip=True, rotate=3)), 'rotate'),
     (dict(batch_size=1101), '1101'),

@@ -1,10 +1,14 @@
 """Whole trainings, of small networks on tiny data; one epoch of the real thing where the data can be found."""
 
 import copy
+import io
+import sys
+import time
 
 import pytest
 import torch
 
+import airbench94
 from airbench94 import CifarLoader, evaluate, hyp, infer, train, warmup
 
 SMALL = dict(widths=(8, 16, 16), dtype=torch.float32)
@@ -55,6 +59,27 @@ def test_table_and_history(tiny, capsys):
     train(tiny_loader(tiny), epochs=1.5, seed=1, verbose=False, history=quiet, **SMALL)
     assert capsys.readouterr() == ('', '')
     assert [row.get('val_acc') for row in quiet] == [row.get('val_acc') for row in history]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_shown_on_a_terminal_once_a_second(monkeypatch, tiny, capsys):
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    shown = airbench94.show_progress(time.perf_counter() - 2, seconds=10.0, step=100, total_steps=1000)
+    assert sys.stderr.getvalue().endswith('step 100/1000, 1:30 to go')
+    assert airbench94.show_progress(shown, 10.0, 101, 1000) == shown and '101' not in sys.stderr.getvalue()
+    assert airbench94.show_progress(shown - 1, 10.0, 102, 1000) > shown and '102/1000' in sys.stderr.getvalue()
+    sys.stderr.seek(0)
+    sys.stderr.truncate()
+    train(tiny_loader(tiny), epochs=0.2, **SMALL)
+    assert '1/3' not in capsys.readouterr().out
+
+
+def test_nothing_of_it_without_a_terminal(capsys):
+    assert airbench94.show_progress(0.0, 10.0, 100, 1000) == 0.0 and capsys.readouterr() == ('', '')
 
 
 def test_without_a_table_nothing_is_printed_or_evaluated(tiny, capsys, tmp_path):
@@ -109,8 +134,9 @@ def test_unknown_hyperparameters_are_errors(tiny):
         train(tiny_loader(tiny), label_smoothin=0)
 
 
-def test_warmup_runs_anywhere(capsys):
-    warmup(batch_size=4, widths=(8, 8, 8), device='cpu', test_size=5)
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_warmup(capsys, device):
+    warmup(device=device, dtype=torch.float16, test_size=4100)
     assert capsys.readouterr() == ('', '')
 
 

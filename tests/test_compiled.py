@@ -1,0 +1,103 @@
+"""airbench94_compiled.py: the recipe of airbench94.py to the letter, compiled once for all runs."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import airbench94
+import airbench94_compiled
+from airbench94_compiled import compiled_net, train, warmup
+
+SMALL = dict(widths=(8, 8, 8), dtype=torch.float32)
+
+pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def warm():
+    warmup(batch_size=100, device='cpu', test_size=96, **SMALL)
+
+
+def loader(tiny):
+    return airbench94_compiled.CifarLoader(tiny, True, 100, dict(flip=True, translate=2), device='cpu')
+
+
+def test_nothing_is_compiled_after_the_warm_up(tiny):
+    """The bias is trained, then frozen, and the test set evaluated with and without augmentation."""
+    before, history = counters['stats']['unique_graphs'], []
+    assert before > 0
+    for seed in range(2):
+        train(loader(tiny), epochs=2, whiten_bias_epochs=1, seed=seed, verbose=False, history=history, **SMALL)
+    assert len(history) == 6 and counters['stats']['unique_graphs'] == before
+
+
+def test_nothing_either_where_the_training_is_compiled_too(tiny, monkeypatch):
+    """What CUDA does, as far as a CPU can: all calls go through torch.compile, though on to no compiler."""
+    real_compile, real_net, small = torch.compile, airbench94_compiled.make_net, dict(SMALL, widths=(4, 4, 4))
+
+    def make_net(*args, **options):
+        net = real_net(*args, **options)
+        net.forward = real_compile(net.forward, backend='eager', dynamic=False)
+        return net
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'compile', lambda function, **options: function)
+        patch.setattr(airbench94_compiled, 'make_net', make_net)
+        start = counters['stats']['unique_graphs']
+        warmup(batch_size=100, device='cpu', test_size=96, **small)
+    before = counters['stats']['unique_graphs']
+    assert before >= start + 3  # the bias trained, the bias frozen, evaluation
+    train(loader(tiny), epochs=2, whiten_bias_epochs=1, verbose=False, history=[], **small)
+    assert counters['stats']['unique_graphs'] == before
+
+
+def test_same_losses_as_uncompiled(tiny):
+    """20 steps in float32 from the same weights, on the same batches."""
+    losses = {}
+    for module in (airbench94, airbench94_compiled):
+        real_step, losses[module] = module.train_step, []
+
+        def step(*args, real_step=real_step, module=module):
+            loss, logits = real_step(*args)
+            losses[module].append(loss)
+            return loss, logits
+        module.train_step = step
+        try:
+            module.train(loader(tiny), epochs=20 / 11, whiten_bias_epochs=1, seed=4, verbose=False, **SMALL)
+        finally:
+            module.train_step = real_step
+    a, b = (torch.stack(losses[module]) for module in losses)
+    assert len(a) == 20
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+
+
+def test_the_compiled_network_computes_what_the_returned_one_does(tiny):
+    net = train(loader(tiny), epochs=1, seed=1, verbose=False, history=[], **SMALL)
+    twin = compiled_net(SMALL['widths'], 0.4, 1 / 9, torch.device('cpu'), torch.float32).eval()
+    images = torch.randn(96, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(images), net(images))
+
+
+def test_nothing_learned_crosses_over(tiny):
+    first = train(loader(tiny), epochs=1, seed=1, verbose=False, **SMALL)
+    weights = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    other = train(loader(tiny), epochs=4, seed=2, verbose=False, **SMALL)
+    again = train(loader(tiny), epochs=1, seed=1, verbose=False, **SMALL)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, weights[name]) and torch.equal(tensor, again.state_dict()[name]), name
+    assert not torch.equal(first.linear.weight, other.linear.weight)
+    assert not first.training and type(first.forward).__name__ == 'method'  # not the compiled one
+
+
+def test_no_compiler(tiny, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(airbench94_compiled, 'set_up_process', lambda device: None)
+    monkeypatch.setattr(airbench94_compiled.signal, 'signal', lambda number, handler: None)
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    monkeypatch.setattr(sys, 'argv', ['airbench94_compiled', '--data', str(tiny), '--log', str(tmp_path / 'log.jsonl')])
+    assert airbench94_compiled.main() == 2
+    out, err = capsys.readouterr()
+    assert out == '' and len(err.splitlines()) == 1 and 'g++' in err and 'airbench94.py' in err
+    assert not (tmp_path / 'log.jsonl').exists()

@@ -1,0 +1,135 @@
+"""The scripts are copies of each other but for their recipes; and what is each one's own works."""
+
+import ast
+import importlib
+import itertools
+import math
+import re
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+# What may differ from airbench94.py: the top-level definitions that a script's recipe changes or adds.
+OWN = {
+    'airbench95': {'docstring', 'hyp'},
+    'airbench96': {'docstring', 'hyp', 'AUGMENTATIONS', 'batch_cutout', 'CifarLoader', 'Block'},
+    'airbench94_compiled': {'docstring', 'compiled_net', 'train', 'warmup'},
+}
+MOST_LINES = {'airbench95': 20, 'airbench96': 60, 'airbench94_compiled': 80}
+SCRIPTS = ('airbench94', *OWN)
+
+
+def pieces(script):
+    """The script's top-level statements: (section, name, first line's number, lines with the comments above them)."""
+    source = (ROOT / f'{script}.py').read_text()
+    lines, section, end = source.splitlines(), 'header', 0
+    for node in ast.parse(source).body:
+        text = lines[end:node.end_lineno]
+        titles = re.findall(r'#{100}\n# (.*)\n#{100}', '\n'.join(text))
+        section = titles[-1] if titles else section
+        if end == 0:
+            name = 'docstring'
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+        elif isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+        else:
+            name = lines[node.lineno - 1]
+        yield section, name, end + 1, text
+        end = node.end_lineno
+
+
+def first_difference(script):
+    """Where this script differs from airbench94.py though it should not; None where it does so nowhere."""
+    own = OWN[script]
+    ours, theirs = ([piece for piece in pieces(name) if piece[1] not in own] for name in (script, 'airbench94'))
+    for one, other in itertools.zip_longest(ours, theirs, fillvalue=('', '', 0, [])):
+        for i, (a, b) in enumerate(itertools.zip_longest(one[3], other[3])):
+            if a != b:
+                return f'section {one[0]!r}: {script}.py:{one[2] + i} {a!r}, airbench94.py:{other[2] + i} {b!r}'
+    return None
+
+
+@pytest.mark.parametrize('script', OWN)
+def test_what_is_shared_is_the_same_to_the_letter(script):
+    assert first_difference(script) is None
+
+
+def test_the_sections_are_in_order():
+    sections = [section for section, _ in itertools.groupby(piece[0] for piece in pieces('airbench94'))]
+    assert [section.split()[0] for section in sections] == [
+        'header', 'Hyperparameters', 'Data', 'Network', 'Optimisation', 'Evaluation', 'Training', *['Harness:'] * 4]
+
+
+@pytest.mark.parametrize('script', OWN)
+def test_the_diff_is_short(script):
+    diff = subprocess.run(['diff', ROOT / 'airbench94.py', ROOT / f'{script}.py'], capture_output=True, text=True)
+    assert 0 < len(re.findall(r'^[<>]', diff.stdout, re.MULTILINE)) <= MOST_LINES[script]
+
+
+@pytest.mark.parametrize('script, changes', [
+    ('airbench94_compiled', {}),
+    ('airbench95', dict(widths=(128, 384, 384), lr=10.0, epochs=15.0)),
+    ('airbench96', dict(widths=(128, 512, 512), lr=9.0, epochs=40.0, aug=dict(flip=True, translate=4, cutout=12))),
+])
+def test_hyperparameters(script, changes):
+    assert importlib.import_module(script).hyp == {**importlib.import_module('airbench94').hyp, **changes}
+
+
+@pytest.mark.parametrize('script, pflops', [('airbench94', 0.36), ('airbench95', 1.37), ('airbench96', 7.33)])
+def test_compute(script, pflops):
+    module = importlib.import_module(script)
+    steps = math.ceil(module.hyp['epochs'] * 48)
+    assert module.count_pflops(steps, 1024, 10_000, 2) == pytest.approx(pflops, abs=0.005)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_each_script_trains_and_logs_alike(script, tiny, capsys):
+    module, history = importlib.import_module(script), []
+    loader = module.CifarLoader(tiny, train=True, batch_size=100, aug=module.hyp['aug'])
+    net = module.train(loader, epochs=1, seed=0, widths=(8, 8, 8), dtype=torch.float32, history=history)
+    assert [row['epoch'] for row in history] == [1, 'eval'] and len(capsys.readouterr().out.splitlines()) == 5
+    assert module.evaluate(net, module.CifarLoader(tiny, train=False)) == history[0]['val_acc']
+
+
+def test_cutout_is_a_square_wholly_inside_and_everywhere():
+    from airbench96 import batch_cutout
+    torch.manual_seed(0)
+    images = torch.rand(3000, 3, 32, 32) + 1
+    out = batch_cutout(images, 12)
+    holes = out == 0
+    assert torch.equal(out, images.masked_fill(holes, 0)) and (holes == holes[:, :1]).all()
+    rows, columns = holes[:, 0].any(2), holes[:, 0].any(1)
+    assert (rows.sum(1) == 12).all() and (columns.sum(1) == 12).all() and (holes[:, 0].sum((1, 2)) == 144).all()
+    tops, lefts = rows.int().argmax(1), columns.int().argmax(1)
+    for corners in (tops, lefts):
+        counts = corners.bincount(minlength=21)
+        assert len(counts) == 21 and counts.min() > 90  # 143 expected of each
+    assert abs(torch.corrcoef(torch.stack((tops, lefts)).float())[0, 1]) < 0.06
+
+
+def test_cutout_is_the_loaders_last_step_and_fresh(tiny):
+    import airbench94
+    import airbench96
+    loader = airbench96.CifarLoader(tiny, True, 100, dict(flip=True, translate=4, cutout=12), shuffle=False)
+    epochs = [torch.cat([inputs for inputs, _ in loader]) for _ in range(3)]
+    holes = [(epoch == 0).all(1) for epoch in epochs]
+    assert all((hole.sum((1, 2)) == 144).all() for hole in holes)
+    assert not torch.equal(holes[0], holes[2]) and not torch.equal(holes[0].flip(-1), holes[1])
+    with pytest.raises(ValueError, match='cutout'):
+        airbench94.CifarLoader(tiny, True, 100, dict(cutout=12))
+
+
+def test_third_convolution_and_residual():
+    import airbench96
+    block = airbench96.Block(24, 32, 0.4).eval()
+    x = torch.randn(2, 24, 8, 8)
+    first = F.gelu(block.norm1(F.max_pool2d(F.conv2d(x, block.conv1.weight, padding=1), 2)))
+    y = F.gelu(block.norm2(F.conv2d(first, block.conv2.weight, padding=1)))
+    y = F.gelu(block.norm3(F.conv2d(y, block.conv3.weight, padding=1)))
+    torch.testing.assert_close(block(x), first + y)
+    assert len(airbench96.make_net().blocks) == 3
+    torch.testing.assert_close(block.conv3(x.repeat(1, 2, 1, 1)[:, :32]), x.repeat(1, 2, 1, 1)[:, :32])
