@@ -375,6 +375,8 @@ def train(train_loader=None, *, epochs=hyp['epochs'], batch_size=hyp['batch_size
     device = torch.device(device or train_loader.images.device)
     if not (math.isfinite(epochs) and epochs > 0):
         raise ValueError(f'epochs must be more than 0, not {epochs}')
+    if len(train_loader) < 1:
+        raise ValueError(f'{len(train_loader.images)} images are less than one batch of {train_loader.batch_size}')
     if seed is not None:
         torch.manual_seed(seed)
 
@@ -668,13 +670,15 @@ def open_log(path, header):
         headers = [record for record in records if record['type'] == 'header']
         runs = [record for record in records if record['type'] == 'run']
         old = headers[-1] if text else header
+        if header['seed'] is None:
+            header['seed'] = old['seed'] if text else secrets.randbelow(2**32)
+        ours, theirs = ({**of['hyperparameters'], **{key: of[key] for key in ('script', 'dtype', 'seed', 'data')}}
+                        for of in (header, old))
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f'{path} is not a log of this script: name another file with --log') from error
-    if header['seed'] is None:
-        header['seed'] = secrets.randbelow(2**32) if old is header else old['seed']
-    for key in ('script', 'hyperparameters', 'dtype', 'seed', 'data'):
-        if old[key] != header[key]:
-            raise ValueError(f'{path} holds runs of another {key}, {old[key]} and not {header[key]}: '
+    for key in ours | theirs:
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(f'{path} holds runs with another {key}, {theirs.get(key)} instead of {ours.get(key)}: '
                              'name another file with --log')
     path.parent.mkdir(parents=True, exist_ok=True)
     log = open(path, 'ab', buffering=0)

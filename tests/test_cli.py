@@ -383,7 +383,7 @@ def test_a_log_is_continued_with_its_seed(main, quick, tiny):
 
 
 @pytest.mark.parametrize('key, arguments', [
-    ('hyperparameters', ('--epochs', 2)), ('dtype', ('--dtype', 'float32')), ('seed', ('--seed', 2)), ('script', ()),
+    ('epochs', ('--epochs', 2)), ('dtype', ('--dtype', 'float32')), ('seed', ('--seed', 2)), ('script', ()),
     ('data', ()),
 ])
 def test_a_log_of_something_else_is_refused(main, quick, tiny, tmp_path, monkeypatch, key, arguments):
@@ -453,7 +453,8 @@ def test_divergence_is_counted_and_never_averaged(main, tiny, monkeypatch):
     real_train = airbench94.train
 
     def train(*args, run, **options):
-        return real_train(*args, **{**options, 'widths': (8, 8, 8), 'lr': 1e40 if run in bad else 1.0}, run=run)
+        scaling_factor = math.inf if run in bad else 1 / 9
+        return real_train(*args, **options, widths=(8, 8, 8), scaling_factor=scaling_factor, run=run)
     monkeypatch.setattr(airbench94, 'train', train)
     start = ('--data', tiny, '--epochs', 2, '--runs', 3)
     bad = {1}
