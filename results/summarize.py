@@ -1,17 +1,28 @@
 """
-One summary over any number of logs of one recipe, such as those of torchrun's ranks:
+One summary over any number of logs of one recipe, such as those of torchrun's ranks, and the README's row for them:
 
     python results/summarize.py logs/series.rank*.jsonl
+
+Or two such sets compared: the difference of their mean accuracies, its 95% interval, and the p of Welch's t-test:
+
+    python results/summarize.py logs/mine.jsonl --against results/airbench94.jsonl
 
 It refuses to mix recipes, precisions or data sets, and to count a seed twice. It needs the standard library alone.
 """
 
+import argparse
 import json
 import math
 import statistics
 import sys
 
 SAME = ('script', 'hyperparameters', 'dtype', 'data')
+PUBLISHED = {  # by the paper: accuracy in percent, PFLOPs a run, seconds on an A100
+    'airbench94': ('94.01', '0.36', '3.83'),
+    'airbench94_compiled': ('94.01', '0.36', '3.29'),
+    'airbench95': ('95.01', '1.4', '10.4'),
+    'airbench96': ('96.05', '7.5', '46.3'),
+}
 
 
 def incomplete_beta(a, b, x):
@@ -50,7 +61,7 @@ def t_quantile(df, confidence=0.95):
 
 
 def read_logs(paths):
-    """The last header and all the runs of these logs. Raises ValueError where they do not go together."""
+    """The last header and the runs of these logs, each with its device. ValueError where they do not go together."""
     header, runs, seeds = None, [], {}
     for path in paths:
         try:
@@ -73,7 +84,7 @@ def read_logs(paths):
                 if record['seed'] in seeds:
                     raise ValueError(f'seed {record["seed"]} stands in {seeds[record["seed"]]} and again in {path}')
                 seeds[record['seed']] = path
-                runs.append(record)
+                runs.append(dict(record, device=header['device']))
     return header, runs
 
 
@@ -83,10 +94,11 @@ def summarize(runs):
     accuracies = [run['tta_val_acc'] for run in finished]
     n = len(accuracies)
     summary = dict(n=n, diverged=len(runs) - n, mean=None, std=None, stderr=None, interval=None, seconds=None,
-                   pflops=None)
+                   fastest=None, device=None, pflops=None)
     if n:
-        summary |= dict(mean=statistics.fmean(accuracies), pflops=finished[0]['pflops'],
-                        seconds=statistics.fmean(run['seconds'] for run in finished))
+        fastest = min(finished, key=lambda run: run['seconds'])
+        summary |= dict(mean=statistics.fmean(accuracies), seconds=statistics.fmean(run['seconds'] for run in finished),
+                        fastest=fastest['seconds'], device=fastest['device'], pflops=finished[0]['pflops'])
     if n > 1:
         std = statistics.stdev(accuracies)
         half = t_quantile(n - 1) * std / math.sqrt(n)
@@ -94,16 +106,32 @@ def summarize(runs):
     return summary
 
 
-def main(paths):
-    if not paths or paths[0] in ('-h', '--help'):
-        print(__doc__.strip())
-        return 0 if paths else 2
-    try:
-        header, runs = read_logs(paths)
-    except (OSError, ValueError) as error:
-        print(f'summarize: error: {error}', file=sys.stderr)
-        return 2
-    s = summarize(runs)
+def welch(a, b):
+    """
+    Welch's t-test of two summaries (B. L. Welch 1947, Biometrika 34:28): a dict of the difference of the means, its
+    95% interval, t, the degrees of freedom and the two-sided p. Raises ValueError where they have no spread to go by.
+    """
+    if a['n'] < 2 or b['n'] < 2:
+        raise ValueError('to compare two sets, each must have two runs or more')
+    u, v = a['std']**2 / a['n'], b['std']**2 / b['n']
+    if u + v == 0:
+        raise ValueError('all runs of a set have the same accuracy: there is no spread to compare by')
+    difference, stderr = a['mean'] - b['mean'], math.sqrt(u + v)
+    df = (u + v)**2 / (u**2 / (a['n'] - 1) + v**2 / (b['n'] - 1))
+    half = t_quantile(df) * stderr
+    return dict(difference=difference, interval=(difference - half, difference + half), t=difference / stderr, df=df,
+                p=t_two_sided(difference / stderr, df))
+
+
+def readme_row(script, summary):
+    """The row of the README's table."""
+    cells = (f'`{script}.py`', f'{100 * summary["mean"]:.2f}',
+             '' if summary['stderr'] is None else f'{100 * summary["stderr"]:.2f}', str(summary['n']),
+             f'{summary["pflops"]:.2f}', f'{summary["fastest"]:.0f}', summary['device'], *PUBLISHED.get(script, ()))
+    return f'| {" | ".join(cells)} |'
+
+
+def print_summary(paths, header, runs, s):
     print(f'{header["script"]}: {len(runs)} runs in {len(paths)} logs, {header["dtype"]}'
           + (', SYNTHETIC data' if header['synthetic'] else ''))
     print(f'n                  {s["n"]}')
@@ -114,11 +142,36 @@ def main(paths):
         print(f'stderr             {s["stderr"]:.4f}')
         print(f'95% interval       {s["interval"][0]:.4f} to {s["interval"][1]:.4f}  (of the mean, Student\'s t)')
     if s['n']:
-        print(f'mean seconds       {s["seconds"]:.2f}')
+        print(f'seconds            {s["seconds"]:.2f} in the mean, {s["fastest"]:.2f} the fastest')
         print(f'PFLOPs a run       {s["pflops"]:.3g}')
     print(f'diverged           {s["diverged"]}')
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('logs', nargs='+', metavar='FILE')
+    parser.add_argument('--against', nargs='+', metavar='OTHER', help='the logs to compare with')
+    args = parser.parse_args(arguments)
+    try:
+        sets = [(paths, *read_logs(paths)) for paths in (args.logs, args.against) if paths]
+        summaries = [summarize(runs) for _, _, runs in sets]
+        if sets[0][1]['data'] != sets[-1][1]['data']:
+            raise ValueError('the two sets are of different data, and cannot be compared')
+        test = welch(*summaries) if args.against else None
+    except (OSError, ValueError) as error:
+        print(f'summarize: error: {error}', file=sys.stderr)
+        return 2
+    for one, summary in zip(sets, summaries, strict=True):
+        print_summary(*one, summary)
+        print()
+    if test:
+        print(f'difference         {test["difference"]:+.4f}  (the first less the second)')
+        print(f'95% interval       {test["interval"][0]:+.4f} to {test["interval"][1]:+.4f}')
+        print(f'Welch\'s t-test     t {test["t"]:.3f}, {test["df"]:.2f} degrees of freedom, p {test["p"]:.2g}')
+    else:
+        print(readme_row(sets[0][1]['script'], summaries[0]) if summaries[0]['n'] else 'no run has finished')
     return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import statistics
 
 import pytest
 from conftest import ROOT
@@ -22,7 +23,7 @@ def test_t_table(df, confidence, t):
 
 def write_log(path, runs, **header):
     header = dict(type='header', script='airbench94', hyperparameters=dict(lr=11.5), dtype='bfloat16', data='x',
-                  synthetic=False, **header)
+                  device='a CPU', synthetic=False) | header
     path.write_text('\n'.join(map(json.dumps, [header, *runs])) + '\n')
     return str(path)
 
@@ -41,7 +42,9 @@ def test_one_summary_over_several_logs(tmp_path, capsys):
     out = capsys.readouterr().out
     # 0.93, 0.94, 0.95: std 0.01, stderr 0.01 / sqrt(3) = 0.00577, t(2) = 4.303, half the interval 0.0248
     for line in ('4 runs in 2 logs', 'n                  3\n', 'acc   0.9400\n', 'std                0.0100\n',
-                 '0.0058\n', '0.9152 to 0.9648', 'seconds       20.00\n', '0.36\n', 'diverged           1\n'):
+                 '0.0058\n', '0.9152 to 0.9648', '20.00 in the mean, 10.00 the fastest\n', '0.36\n',
+                 'diverged           1\n',
+                 '| `airbench94.py` | 94.00 | 0.58 | 3 | 0.36 | 10 | a CPU | 94.01 | 0.36 | 3.83 |\n'):
         assert line in out, line
 
 
@@ -49,6 +52,53 @@ def test_one_run_has_no_spread(tmp_path, capsys):
     assert summarize.main([write_log(tmp_path / 'a', [a_run(0, 0.93)])]) == 0
     out = capsys.readouterr().out
     assert '0.9300' in out and 'std' not in out and 'nan' not in out
+    assert '| `airbench94.py` | 93.00 |  | 1 | 0.36 | 10 | a CPU |' in out
+
+
+def sample(values):
+    return dict(n=len(values), mean=statistics.fmean(values), std=statistics.stdev(values))
+
+
+# NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.5.3, miles per gallon of American and of Japanese cars, the
+# variances not taken as equal: T = -12.94627 with 136.8750 degrees of freedom.
+NIST = dict(n=249, mean=20.14458, std=6.41470), dict(n=79, mean=30.48101, std=6.10771)
+# Wikipedia, "Welch's t-test", the first example: t = -2.46 with 25.0 degrees of freedom, P = 0.021.
+EQUAL = (sample([27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]),
+         sample([27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4]))
+
+
+def test_welchs_t_test_against_published_examples():
+    test = summarize.welch(*NIST)
+    assert test['t'] == pytest.approx(-12.94627, abs=5e-6) and test['df'] == pytest.approx(136.8750, abs=5e-5)
+    test = summarize.welch(*EQUAL)
+    assert test['t'] == pytest.approx(-2.46, abs=5e-3) and test['df'] == pytest.approx(25.0, abs=0.05)
+    assert test['p'] == pytest.approx(0.021, abs=5e-4)
+    # The interval is the difference and t(25) = 2.060 (the table of 1.3.6.7.2) standard errors on each side of it.
+    low, high = test['interval']
+    assert (low + high) / 2 == pytest.approx(test['difference'])
+    assert (high - low) / 2 == pytest.approx(2.060 * test['difference'] / test['t'], rel=1e-3)
+
+
+def test_against(tmp_path, capsys):
+    mine = write_log(tmp_path / 'a', [a_run(0, 0.93), a_run(1, 0.95), a_run(2, None)])
+    other = write_log(tmp_path / 'b', [a_run(0, 0.90), a_run(1, 0.92)])
+    (tmp_path / 'b').write_text((tmp_path / 'b').read_text().replace('11.5', '10.0'))
+    assert summarize.main([mine, '--against', other]) == 0
+    out = capsys.readouterr().out
+    # Equal spreads and n = 2: stderr 0.014142, t 2.121 with 2 degrees of freedom, t(2) = 4.3027, p 0.168
+    for line in ('mean tta_val_acc   0.9400\n', 'mean tta_val_acc   0.9100\n', 'difference         +0.0300',
+                 '-0.0308 to +0.0908\n', 't 2.121, 2.00 degrees of freedom, p 0.17\n'):
+        assert line in out, line
+
+
+@pytest.mark.parametrize('runs, header, word', [
+    ([a_run(0, 0.9)], {}, 'two runs'), ([a_run(0, 0.9), a_run(1, 0.9)], {}, 'spread'),
+    ([a_run(0, 0.9), a_run(1, 0.8)], dict(data='y'), 'different data')])
+def test_what_cannot_be_compared(runs, header, word, tmp_path, capsys):
+    mine = write_log(tmp_path / 'a', [a_run(0, 0.93), a_run(1, 0.93)])
+    assert summarize.main([mine, '--against', write_log(tmp_path / 'b', runs, **header)]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and len(err.splitlines()) == 1 and word in err
 
 
 def test_what_does_not_go_together_is_refused(tmp_path, capsys):
