@@ -1,0 +1,202 @@
+"""
+What bounds a training step? For a script, in one process:
+
+    python tests/bench_step.py airbench94.py [--rounds N] [--device D] [--dtype T] [--json FILE]
+
+Every round times a training step, the same in float32, the step's convolutions alone (forward and backward, at the same
+shapes, dtype and memory format: the bound), the loader and the Lookahead per step, the evaluation of 2,000 images with
+test-time augmentation, and that evaluation's convolutions alone. The pieces take turns, so that the machine's drift
+strikes them alike; ratios are taken within a round. Medians and quartiles are printed, milliseconds and ratios.
+Then, in processes of their own, the seconds from a process's start to its first training step, beside those of
+`import torch` and of reading the data's files.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TARGETS = {'step / convolutions': dict(airbench94=1.15, airbench94_compiled=1.20, airbench95=1.12, airbench96=1.12),
+           'loader / step': 0.02, 'lookahead / step': 0.005, 'evaluation / its convolutions': 1.2,
+           'first step / (import torch + files)': 2.0}
+
+
+def load(path):
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def conv_inputs(net, images):
+    """Every convolution of the network and what comes into it."""
+    found, hooks = [], []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_pre_hook(lambda module, inputs: found.append((module, inputs[0]))))
+    with torch.no_grad():
+        type(net).forward(net, images)  # not the compiled one's, which hides its modules
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def convolutions(net, images, dtype, backward):
+    """A function that computes the convolutions of a training step, or those of a forward pass alone."""
+    calls = []
+    for i, (conv, x) in enumerate(conv_inputs(net, images)):
+        x, weight = (t.detach().to(dtype, memory_format=torch.channels_last) for t in (x, conv.weight))
+        x.requires_grad_(backward and i > 0)
+        weight.requires_grad_(backward and conv.weight.requires_grad)
+        needed = [t for t in (x, weight) if t.requires_grad]
+        y = F.conv2d(x, weight, padding=conv.padding)
+        calls.append((x, weight, conv.padding, needed, torch.randn_like(y) if needed else None))
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            for x, weight, padding, needed, grad in calls:
+                y = F.conv2d(x, weight, padding=padding)
+                if needed:
+                    torch.autograd.grad(y, needed, grad)
+    return run
+
+
+def pieces(module, device, dtype):
+    """The functions to time, by name."""
+    hyp = module.hyp
+
+    def new_net(dtype):
+        if hasattr(module, 'compiled_net'):
+            net = module.compiled_net(hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor'], device, dtype)
+        else:
+            net = module.make_net(device=device, dtype=dtype)
+        optimizer = module.make_optimizer(net, hyp['lr'], hyp['momentum'], hyp['weight_decay'], hyp['bias_scaler'],
+                                          hyp['batch_size'])
+        for group in optimizer.param_groups:
+            group['lr'] = 0.0  # the same work, and the weights stay what they are
+        net.whiten.bias.requires_grad_(False)  # as in all epochs but the first three
+        module.init_whitening(net, loader.normalize(loader.images[:5000]))
+        return net, optimizer
+
+    loader = module.CifarLoader('synthetic', True, hyp['batch_size'], hyp['aug'], altflip=hyp['altflip'], device=device)
+    loader.images = loader.images.to(module.make_net(device=device, dtype=dtype).whiten.weight.dtype)
+    module.warmup(device=device, dtype=dtype)
+    net, optimizer = new_net(dtype)
+    net32, optimizer32 = new_net(torch.float32)
+    inputs, labels = next(iter(loader))
+    state = module.lookahead_state(net)
+    average = [tensor.clone() for tensor in state]
+    test = SimpleNamespace(images=loader.images[:module.EVAL_BATCH_SIZE], normalize=loader.normalize)
+    batches = iter(())
+
+    def next_batch():
+        nonlocal batches
+        if next(batches, None) is None:  # with the epoch's preparation, in its share
+            batches = iter(loader)
+            next(batches)
+
+    def train():
+        net.train()
+        module.train_step(net, optimizer, inputs, labels, hyp['label_smoothing'])
+
+    views = convolutions(net, test.images.to(inputs.dtype), dtype, backward=False)
+    count = (1, 2, 6)[hyp['tta_level']]
+    return {
+        'step': train,
+        'convolutions': convolutions(net, inputs, dtype, backward=True),
+        'float32 step': lambda: module.train_step(net32.train(), optimizer32, inputs.float(), labels,
+                                                  hyp['label_smoothing']),
+        'loader': next_batch,
+        'lookahead': lambda: module.lookahead_update(average, state, decay=0.5),
+        'evaluation': lambda: module.infer(net, test, hyp['tta_level']),
+        'its convolutions': lambda: [views() for _ in range(count)],
+    }
+
+
+def timed(function, device, module):
+    start = module.synchronized_time(device)
+    function()
+    return 1000 * (module.synchronized_time(device) - start)
+
+
+def seconds_to_the_first_step(script, data):
+    """Of three processes: up to the script's first step, `import torch`, and that with reading the files."""
+    stop = ('import os, sys\nsys.argv = [{0!r}, "--runs", "1", "--log", os.devnull, "--data", {1!r}]\n'
+            'sys.path.insert(0, {2!r})\nimport {3} as script\n'
+            'script.train_step = lambda *args: os._exit(0)\nscript.main()')
+    codes = dict(first=stop.format(str(script), data, str(script.parent), script.stem), torch='import torch',
+                 files=f'import torch\nfor name in ("train", "test"): torch.load({data!r} + f"/{{name}}.pt")')
+    seconds = {}
+    for name, code in codes.items():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL)
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('script', type=Path)
+    parser.add_argument('--rounds', type=int, default=15, help='(default: %(default)s)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help="(default: the script's)")
+    parser.add_argument('--data', metavar='DIR', help='with it, the time to the first step is measured too')
+    parser.add_argument('--json', type=Path, metavar='FILE')
+    args = parser.parse_args()
+    module, device = load(args.script.resolve()), torch.device(args.device)
+    dtype = getattr(torch, args.dtype) if args.dtype else module.default_dtype(device)
+    module.set_up_process(device)
+
+    functions = pieces(module, device, dtype)
+    rounds = []
+    for i in range(args.rounds + 2):  # the first two warm up
+        times = {name: timed(function, device, module) for name, function in functions.items()}
+        times['lookahead'] /= 5  # it comes every fifth step
+        if i >= 2:
+            rounds.append(times)
+        if sys.stderr.isatty():
+            print(f'\rround {i + 1}', end='', file=sys.stderr)
+    for times in rounds:
+        times['step / convolutions'] = times['step'] / times['convolutions']
+        times['float32 step / step'] = times['float32 step'] / times['step']
+        times['loader / step'] = times['loader'] / times['step']
+        times['lookahead / step'] = times['lookahead'] / times['step']
+        times['evaluation / its convolutions'] = times['evaluation'] / times['its convolutions']
+    if args.data:
+        for _ in range(3):
+            seconds = seconds_to_the_first_step(args.script.resolve(), args.data)
+            rounds.append({'first step, s': seconds['first'], 'import torch, s': seconds['torch'],
+                           'import torch + files, s': seconds['files'],
+                           'first step / (import torch + files)': seconds['first'] / seconds['files']})
+
+    print(f'\n{args.script.stem}: {dtype} on {module.device_name(device)}, {torch.get_num_threads()} threads, '
+          f'PyTorch {torch.__version__}, {args.rounds} rounds; milliseconds where not said otherwise')
+    print(f'{"":36}{"median":>10}{"quartiles":>20}{"at most":>10}')
+    summary = {}
+    for name in dict.fromkeys(name for times in rounds for name in times):
+        values = [times[name] for times in rounds if name in times]
+        low, median, high = statistics.quantiles(values, n=4)
+        target = TARGETS.get(name, '')
+        target = target[args.script.stem] if isinstance(target, dict) else target
+        summary[name] = dict(median=median, quartiles=(low, high))
+        width = 3 if ' / ' in name or name.endswith(', s') else 1
+        print(f'{name:36}{median:10.{width}f}{f"{low:.{width}f} to {high:.{width}f}":>20}{target:>10}')
+    if args.json:
+        args.json.write_text(json.dumps(dict(script=args.script.stem, dtype=str(dtype), torch=torch.__version__,
+                                             device=module.device_name(device), threads=torch.get_num_threads(),
+                                             summary=summary, rounds=rounds)) + '\n')
+
+
+if __name__ == '__main__':
+    main()
