@@ -35,7 +35,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 ####################################################################################################
 # Hyperparameters (the paper's)
@@ -654,6 +653,7 @@ def show_progress(shown, seconds, step, total_steps):
 
 def count_pflops(steps, batch_size, test_size, tta_level):
     """PFLOPs of a run by the paper's convention: a training image costs three forward passes, a view in TTA one."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports Triton, which takes a while
     net = make_net(device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, 3, 32, 32, device='meta'))
@@ -662,9 +662,10 @@ def count_pflops(steps, batch_size, test_size, tta_level):
 
 def sha256(loader):
     """Of the images as uint8 (N, 32, 32, 3) and of the labels, as they are in train.pt and test.pt."""
-    images = loader.images.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return {name: hashlib.sha256(tensor.cpu().numpy()).hexdigest()
-            for name, tensor in (('images', images), ('labels', loader.labels))}
+    images = hashlib.sha256()
+    for chunk in loader.images.split(1000):
+        images.update(chunk.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy())
+    return dict(images=images.hexdigest(), labels=hashlib.sha256(loader.labels.cpu().numpy()).hexdigest())
 
 
 def append_to_log(log, record):
