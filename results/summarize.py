@@ -98,7 +98,7 @@ def summarize(runs):
     if n:
         fastest = min(finished, key=lambda run: run['seconds'])
         summary |= dict(mean=statistics.fmean(accuracies), seconds=statistics.fmean(run['seconds'] for run in finished),
-                        fastest=fastest['seconds'], device=fastest['device'], pflops=finished[0]['pflops'])
+                        fastest=fastest['seconds'], device=fastest['device'], pflops=finished[0].get('pflops'))
     if n > 1:
         std = statistics.stdev(accuracies)
         half = t_quantile(n - 1) * std / math.sqrt(n)
@@ -143,6 +143,7 @@ def print_summary(paths, header, runs, s):
         print(f'95% interval       {s["interval"][0]:.4f} to {s["interval"][1]:.4f}  (of the mean, Student\'s t)')
     if s['n']:
         print(f'seconds            {s["seconds"]:.2f} in the mean, {s["fastest"]:.2f} the fastest')
+    if s['pflops']:
         print(f'PFLOPs a run       {s["pflops"]:.3g}')
     print(f'diverged           {s["diverged"]}')
 
@@ -168,8 +169,8 @@ def main(arguments=None):
         print(f'difference         {test["difference"]:+.4f}  (the first less the second)')
         print(f'95% interval       {test["interval"][0]:+.4f} to {test["interval"][1]:+.4f}')
         print(f'Welch\'s t-test     t {test["t"]:.3f}, {test["df"]:.2f} degrees of freedom, p {test["p"]:.2g}')
-    else:
-        print(readme_row(sets[0][1]['script'], summaries[0]) if summaries[0]['n'] else 'no run has finished')
+    elif summaries[0]['pflops']:
+        print(readme_row(sets[0][1]['script'], summaries[0]))
     return 0
 
 

@@ -7,8 +7,9 @@ Every round times a training step, the same in float32, the step's convolutions 
 shapes, dtype and memory format: the bound), the loader and the Lookahead per step, the evaluation of 2,000 images with
 test-time augmentation, and that evaluation's convolutions alone. The pieces take turns, so that the machine's drift
 strikes them alike; ratios are taken within a round. Medians and quartiles are printed, milliseconds and ratios.
-Then, in processes of their own, the seconds from a process's start to its first training step, beside those of
-`import torch` and of reading the data's files.
+With --data, the seconds from a process's start to its first training step are measured too, beside those of
+`import torch` and of reading the data's files. With --against SCRIPT only the step and the evaluation are timed, and
+those of that script in turn with them.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from torch import nn
 TARGETS = {'step / convolutions': dict(airbench94=1.15, airbench94_compiled=1.20, airbench95=1.12, airbench96=1.12),
            'loader / step': 0.02, 'lookahead / step': 0.005, 'evaluation / its convolutions': 1.2,
            'first step / (import torch + files)': 2.0}
+RATIOS = [('step', 'convolutions'), ('float32 step', 'step'), ('loader', 'step'), ('lookahead', 'step'),
+          ('evaluation', 'its convolutions'), ('step', 'step of the other'), ('evaluation', 'evaluation of the other')]
+LONG = ('evaluation', 'its convolutions', 'evaluation of the other')
 
 
 def load(path):
@@ -151,6 +155,7 @@ def main():
     parser.add_argument('--rounds', type=int, default=15, help='(default: %(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help="(default: the script's)")
+    parser.add_argument('--against', type=Path, metavar='SCRIPT')
     parser.add_argument('--data', metavar='DIR', help='with it, the time to the first step is measured too')
     parser.add_argument('--json', type=Path, metavar='FILE')
     args = parser.parse_args()
@@ -159,20 +164,24 @@ def main():
     module.set_up_process(device)
 
     functions = pieces(module, device, dtype)
+    if args.against:
+        other = load(args.against.resolve())
+        others = {f'{name} of the other': function for name, function in pieces(other, device, dtype).items()}
+        functions = {name: function for name, function in (functions | others).items()
+                     if name.split(' of ')[0] in ('step', 'evaluation')}
     rounds = []
     for i in range(args.rounds + 2):  # the first two warm up
-        times = {name: timed(function, device, module) for name, function in functions.items()}
-        times['lookahead'] /= 5  # it comes every fifth step
+        # The evaluation takes several times as long as all the rest, and takes part in every third round.
+        times = {name: timed(function, device, module) for name, function in functions.items()
+                 if i % 3 == 0 or name not in LONG}
         if i >= 2:
             rounds.append(times)
         if sys.stderr.isatty():
             print(f'\rround {i + 1}', end='', file=sys.stderr)
     for times in rounds:
-        times['step / convolutions'] = times['step'] / times['convolutions']
-        times['float32 step / step'] = times['float32 step'] / times['step']
-        times['loader / step'] = times['loader'] / times['step']
-        times['lookahead / step'] = times['lookahead'] / times['step']
-        times['evaluation / its convolutions'] = times['evaluation'] / times['its convolutions']
+        if 'lookahead' in times:
+            times['lookahead'] /= 5  # it comes every fifth step
+        times |= {f'{a} / {b}': times[a] / times[b] for a, b in RATIOS if a in times and b in times}
     if args.data:
         for _ in range(3):
             seconds = seconds_to_the_first_step(args.script.resolve(), args.data)

@@ -55,7 +55,7 @@ def test_a_wrong_row_is_found(key, value):
 def test_each_log_is_explained():
     explained = (ROOT / 'results' / 'README.md').read_text()
     assert all(f'`{path.name}`' in explained for path in (ROOT / 'results').iterdir()
-               if path.suffix in ('.jsonl', '.svg'))
+               if path.suffix in ('.json', '.jsonl', '.svg', '.txt'))
 
 
 def test_ci_calls_the_readmes_test_command():
