@@ -17,6 +17,7 @@ import statistics
 import sys
 
 SAME = ('script', 'hyperparameters', 'dtype', 'data')
+KEYS = dict(header={*SAME, 'device', 'synthetic'}, run={'seed', 'diverged', 'tta_val_acc', 'seconds'})
 PUBLISHED = {  # by the paper: accuracy in percent, PFLOPs a run, seconds on an A100
     'airbench94': ('94.01', '0.36', '3.83'),
     'airbench94_compiled': ('94.01', '0.36', '3.29'),
@@ -68,11 +69,11 @@ def read_logs(paths):
             with open(path) as file:
                 # A line without its end was torn by a run that was cut off, or is being written.
                 records = [json.loads(line) for line in file if line.endswith('\n')]
-            known = records[0]['type'] == 'header'
+            known = records[0]['type'] == 'header' and all(KEYS[record['type']] <= set(record) for record in records)
         except (ValueError, TypeError, LookupError):
             known = False
         if not known:
-            raise ValueError(f'{path} is not a log of these scripts')
+            raise ValueError(f'{path} is not a log of the scripts')
         for record in records:
             if record['type'] == 'header':
                 for key in SAME:
@@ -169,7 +170,7 @@ def main(arguments=None):
         print(f'difference         {test["difference"]:+.4f}  (the first less the second)')
         print(f'95% interval       {test["interval"][0]:+.4f} to {test["interval"][1]:+.4f}')
         print(f'Welch\'s t-test     t {test["t"]:.3f}, {test["df"]:.2f} degrees of freedom, p {test["p"]:.2g}')
-    elif summaries[0]['pflops']:
+    elif summaries[0]['pflops'] and not sets[0][1]['synthetic']:
         print(readme_row(sets[0][1]['script'], summaries[0]))
     return 0
 

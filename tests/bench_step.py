@@ -144,7 +144,7 @@ def seconds_to_the_first_step(script, data):
     seconds = {}
     for name, code in codes.items():
         start = time.perf_counter()
-        subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, '-c', code], stdout=subprocess.DEVNULL, check=True)
         seconds[name] = time.perf_counter() - start
     return seconds
 
@@ -156,9 +156,14 @@ def main():
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help="(default: the script's)")
     parser.add_argument('--against', type=Path, metavar='SCRIPT')
-    parser.add_argument('--data', metavar='DIR', help='with it, the time to the first step is measured too')
+    parser.add_argument('--data', metavar='DIR', help='a folder with train.pt and test.pt: time the start too')
     parser.add_argument('--json', type=Path, metavar='FILE')
     args = parser.parse_args()
+    if args.rounds < 3:
+        parser.error('--rounds must be at least 3')
+    for file in (Path(args.data, 'train.pt'), Path(args.data, 'test.pt')) if args.data else ():
+        if not file.exists():
+            parser.error(f'there is no {file}')
     module, device = load(args.script.resolve()), torch.device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else module.default_dtype(device)
     module.set_up_process(device)
@@ -169,6 +174,7 @@ def main():
         others = {f'{name} of the other': function for name, function in pieces(other, device, dtype).items()}
         functions = {name: function for name, function in (functions | others).items()
                      if name.split(' of ')[0] in ('step', 'evaluation')}
+    pflops = module.count_pflops(1, module.hyp['batch_size'], 0, 0)
     rounds = []
     for i in range(args.rounds + 2):  # the first two warm up
         # The evaluation takes several times as long as all the rest, and takes part in every third round.
@@ -181,6 +187,7 @@ def main():
     for times in rounds:
         if 'lookahead' in times:
             times['lookahead'] /= 5  # it comes every fifth step
+        times['step, TFLOP/s'] = 1e6 * pflops / times['step']
         times |= {f'{a} / {b}': times[a] / times[b] for a, b in RATIOS if a in times and b in times}
     if args.data:
         for _ in range(3):
@@ -195,11 +202,11 @@ def main():
     summary = {}
     for name in dict.fromkeys(name for times in rounds for name in times):
         values = [times[name] for times in rounds if name in times]
-        low, median, high = statistics.quantiles(values, n=4)
+        low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
         target = TARGETS.get(name, '')
-        target = target[args.script.stem] if isinstance(target, dict) else target
+        target = target.get(args.script.stem, '') if isinstance(target, dict) else target
         summary[name] = dict(median=median, quartiles=(low, high))
-        width = 3 if ' / ' in name or name.endswith(', s') else 1
+        width = 3 if '/' in name or name.endswith(', s') else 1
         print(f'{name:36}{median:10.{width}f}{f"{low:.{width}f} to {high:.{width}f}":>20}{target:>10}')
     if args.json:
         args.json.write_text(json.dumps(dict(script=args.script.stem, dtype=str(dtype), torch=torch.__version__,

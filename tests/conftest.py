@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the tests are of the CPU, also where there is a GPU
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

@@ -57,7 +57,8 @@ def test_the_lines_are_those_of_the_logs(logs):
 def test_its_faults(tmp_path, capsys, logs):
     synthetic = write_log(tmp_path / 'c.jsonl', [a_run(0, [0.5], 0.5)], hyperparameters=HYP)
     (tmp_path / 'c.jsonl').write_text((tmp_path / 'c.jsonl').read_text().replace('false', 'true', 1))
-    for files, word in (([str(tmp_path / 'none')], 'none'), ([synthetic], 'synthetic')):
+    other = write_log(tmp_path / 'd.jsonl', [dict(type='run', seed=0, diverged=False, tta_val_acc=0.5, seconds=1)])
+    for files, word in (([str(tmp_path / 'none')], 'No such file'), ([synthetic], 'synthetic'), ([other], 'not a log')):
         assert plot.main([*files, '--out', str(tmp_path / 'out')]) == 2
         out, err = capsys.readouterr()
         assert out == '' and len(err.splitlines()) == 1 and word in err and not (tmp_path / 'out').exists()

@@ -52,6 +52,15 @@ def test_a_wrong_row_is_found(key, value):
         check_row(table()[LOGS[0].stem], header, runs[1:], importlib.import_module(LOGS[0].stem).hyp)
 
 
+def test_the_figures_are_drawn_from_the_logs():
+    accuracy, distribution = ((ROOT / 'results' / name).read_text() for name in ('accuracy.svg', 'distribution.svg'))
+    for log in LOGS:
+        runs = summarize.read_logs([log])[1]
+        assert f'<!-- {log.stem}.py, {len(runs)} run{"s" if len(runs) > 1 else ""} -->' in accuracy
+        if log.stem == 'airbench94':
+            assert f'<!-- mean {100 * summarize.summarize(runs)["mean"]:.2f}%' in distribution
+
+
 def test_each_log_is_explained():
     explained = (ROOT / 'results' / 'README.md').read_text()
     assert all(f'`{path.name}`' in explained for path in (ROOT / 'results').iterdir()

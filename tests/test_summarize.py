@@ -106,8 +106,10 @@ def test_what_does_not_go_together_is_refused(tmp_path, capsys):
     other = write_log(tmp_path / 'b', [a_run(1, 0.93)])
     (tmp_path / 'b').write_text((tmp_path / 'b').read_text().replace('11.5', '10.0'))
     (tmp_path / 'c').write_text('notes\n')
+    write_log(tmp_path / 'd', [dict(type='run', seed=0, name='an example\'s')])
     for paths, word in (([first, other], 'hyperparameters'), ([first, first], 'seed 0'),
-                        ([str(tmp_path / 'c')], 'not a log'), ([str(tmp_path / 'none')], 'none')):
+                        ([str(tmp_path / 'd')], 'not a log'),
+                        ([str(tmp_path / 'c')], 'not a log'), ([str(tmp_path / 'none')], 'No such file')):
         assert summarize.main(paths) == 2
         out, err = capsys.readouterr()
         assert out == '' and len(err.splitlines()) == 1 and word in err
