@@ -1,4 +1,4 @@
-"""Whole trainings, of small networks on tiny data; one epoch of the real thing where the data can be found."""
+"""Whole trainings, of small networks on tiny data; half an epoch of the real thing where the data can be found."""
 
 import copy
 import functools
@@ -143,9 +143,12 @@ def test_warmup(capsys, device):
     assert capsys.readouterr() == ('', '')
 
 
-def test_one_epoch_on_the_real_data(real):
+def test_half_an_epoch_on_the_real_data(real):
+    """As long as a fast suite allows. 0.58 of these 2,000 images were right on a CPU in bfloat16."""
+    test_loader = CifarLoader(real, train=False)
+    test_loader.images, test_loader.labels = test_loader.images[:2000], test_loader.labels[:2000]
     history = []
-    train(CifarLoader(real, train=True, batch_size=1024, aug=hyp['aug']), epochs=1, seed=0, verbose=False,
-          history=history, tta_level=0)
-    assert history[0]['steps'] == 48
-    assert history[0]['val_acc'] > 0.60
+    train(CifarLoader(real, train=True, batch_size=1024, aug=hyp['aug']), epochs=0.5, seed=0, verbose=False,
+          test_loader=test_loader, history=history, tta_level=0)
+    assert history[0]['steps'] == 24
+    assert history[0]['val_acc'] > 0.50
