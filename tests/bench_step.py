@@ -190,7 +190,7 @@ def main():
         times['step, TFLOP/s'] = 1e6 * pflops / times['step']
         times |= {f'{a} / {b}': times[a] / times[b] for a, b in RATIOS if a in times and b in times}
     if args.data:
-        for _ in range(3):
+        for _ in range(max(1, args.rounds // 5)):
             seconds = seconds_to_the_first_step(args.script.resolve(), args.data)
             rounds.append({'first step, s': seconds['first'], 'import torch, s': seconds['torch'],
                            'import torch + files, s': seconds['files'],
