@@ -10,6 +10,7 @@ Then one network is trained on a random 60% of them and another on the least con
 import argparse
 import copy
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def main():
     parser.add_argument('--log', type=Path, default=Path('logs', 'data_selection.jsonl'),
                         help='JSON lines, appended to (default: %(default)s)')
     args = parser.parse_args()
+    if not 0 < args.epochs < math.inf:
+        parser.error('--epochs must be more than 0')
     try:
         train_loader = CifarLoader(args.data, train=True, batch_size=1024, aug=dict(flip=True, translate=2))
         test_loader = CifarLoader(args.data, train=False)
@@ -61,14 +64,18 @@ def main():
         print(json.dumps(results[-1]), file=log)
         return net
 
-    net = run('all, without label smoothing', train_loader, args.seed, epochs=min(hyp['epochs'], args.epochs),
-              label_smoothing=0)
-    confidence = infer(net, train_loader).softmax(1).amax(1)
-    n = int(0.6 * len(confidence))
-    torch.manual_seed(args.seed)
-    run('random 60%', subset(train_loader, torch.randperm(len(confidence), device=confidence.device)[:n]),
-        args.seed + 1, epochs=args.epochs)
-    run('least confident 60%', subset(train_loader, confidence.argsort()[:n]), args.seed + 2, epochs=args.epochs)
+    try:
+        net = run('all, without label smoothing', train_loader, args.seed, epochs=min(hyp['epochs'], args.epochs),
+                  label_smoothing=0)
+        confidence = infer(net, train_loader).softmax(1).amax(1)
+        n = int(0.6 * len(confidence))
+        torch.manual_seed(args.seed)
+        run('random 60%', subset(train_loader, torch.randperm(len(confidence), device=confidence.device)[:n]),
+            args.seed + 1, epochs=args.epochs)
+        run('least confident 60%', subset(train_loader, confidence.argsort()[:n]), args.seed + 2, epochs=args.epochs)
+    except (FloatingPointError, ValueError) as error:  # it diverged, or 60% of the images are less than a batch
+        print(f'data_selection: error: {error}', file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
 
     print(f'\n{"trained on":30}{"images":>8}{"epochs":>8}{"tta_val_acc":>13}')
     for result in results:
