@@ -1,10 +1,16 @@
 """examples/, scaled down."""
 
 import json
+import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, write_split
+from test_results import CIFAR10
+from test_summarize import summarize
+
+import airbench94
 
 
 def test_data_selection(tmp_path):
@@ -28,3 +34,45 @@ def test_data_selection_without_data(tmp_path):
                           capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'train.pt' in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ['train.pt']
+
+
+ABLATIONS = (ROOT / 'examples' / 'ablations.md').read_text()
+
+
+def test_the_ablations_program(tiny, tmp_path, monkeypatch):
+    """As it stands, but for smaller data, networks and batches; its logs go to summarize.py as the page says."""
+    program = re.search(r"^AIRBENCH_DATA=\S+ python - <<'END'\n(.*?)^END$", ABLATIONS, re.DOTALL | re.MULTILINE)[1]
+    monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(airbench94.train.__kwdefaults__, 'batch_size', 100)
+    program = program.replace('(32, 128, 128)', '(8, 8, 8)').replace('epochs=3', 'epochs=1')
+    exec(compile(program, 'ablations.md', 'exec'), {})
+    compared = re.findall(r'^python results/summarize.py (\S+) --against (\S+)$', ABLATIONS, re.MULTILINE)
+    assert len(compared) == 2
+    for mine, other in compared:
+        (header, runs), (changed, others) = (summarize.read_logs([path]) for path in (mine, other))
+        assert len(runs) == len(others) == 3
+        changes = {key: changed['hyperparameters'][key] for key in header['hyperparameters']
+                   if changed['hyperparameters'][key] != header['hyperparameters'][key]}
+        assert changes == {'random_flip': dict(altflip=False), 'no_lookahead': dict(lookahead=False)}[
+            re.search('ablation_(.*).jsonl', other)[1]]
+
+
+@pytest.mark.parametrize('arm', ['random_flip', 'no_lookahead'])
+def test_the_ablations_results_follow_from_the_logs(arm):
+    baseline, other = (summarize.read_logs([ROOT / 'results' / f'ablation_{name}.jsonl']) for name in ('baseline', arm))
+    assert baseline[0]['data'] == other[0]['data'] == CIFAR10
+    a, b = (summarize.summarize(runs) for _, runs in (baseline, other))
+    test = summarize.welch(a, b)
+    row = (f'| {100 * a["mean"]:.2f} | {100 * b["mean"]:.2f} | {a["n"]}, {b["n"]} | {100 * test["difference"]:+.2f} | '
+           f'{100 * test["interval"][0]:+.2f} to {100 * test["interval"][1]:+.2f} | {test["p"]:.2g} |')
+    assert row in ABLATIONS
+
+
+def test_the_readmes_data_selection_follows_from_its_log():
+    lines = (ROOT / 'results' / 'data_selection.jsonl').read_text().splitlines()
+    header, *runs = [json.loads(line) for line in lines]
+    assert header['data'] == CIFAR10 and len(runs) == 3
+    for run in runs:
+        row = f'| {run["name"]} | {run["images"]:,} | {run["epochs"]:g} | {100 * run["tta_val_acc"]:.2f} |'
+        assert row in (ROOT / 'README.md').read_text()
