@@ -40,7 +40,7 @@ def test_what_bounds_a_step(small, tmp_path, tiny):
     printed, = [line for line in done.stdout.splitlines() if line.startswith('step / convolutions ')]
     assert f' {median:.3f} ' in printed
     assert log['summary']['evaluation / its convolutions']['median'] > 0.5
-    assert log['summary']['first step, s']['median'] > log['summary']['import torch, s']['median'] > 0
+    assert all(log['summary'][f'{name}, s']['median'] > 0.1 for name in ('first step', 'import torch'))
 
 
 def test_against_another(small):
