@@ -2,8 +2,8 @@
 airbench94_compiled: trains a network to 94% test accuracy on CIFAR-10, for 0.36 PFLOPs a run.
 
 This is the recipe of airbench94.py to the letter, its network compiled by torch.compile, once for all runs: the
-results have the same distribution, and come sooner on a GPU (the paper, section 3.7). On a CPU, where
-only evaluation is compiled, next to nothing is gained. Compiling takes a while, untimed.
+results have the same distribution, and come sooner on a GPU (the paper, section 3.7). On a CPU, where only evaluation
+is compiled, next to nothing is gained. Compiling takes a while, untimed.
 
 Run it with python; --help lists the options, and with --data synthetic it needs neither data nor network.
 Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").

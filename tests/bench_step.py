@@ -1,7 +1,7 @@
 """
 What bounds a training step? For a script, in one process:
 
-    python tests/bench_step.py airbench94.py [--rounds N] [--device D] [--dtype T] [--json FILE]
+    python tests/bench_step.py airbench94.py [--rounds N] [--device D] [--json FILE]
 
 Every round times a training step, the same in float32, the step's convolutions alone (forward and backward, at the same
 shapes, dtype and memory format: the bound), the loader and the Lookahead per step, the evaluation of 2,000 images with
@@ -154,7 +154,6 @@ def main():
     parser.add_argument('script', type=Path)
     parser.add_argument('--rounds', type=int, default=15, help='(default: %(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help="(default: the script's)")
     parser.add_argument('--against', type=Path, metavar='SCRIPT')
     parser.add_argument('--data', metavar='DIR', help='a folder with train.pt and test.pt: time the start too')
     parser.add_argument('--json', type=Path, metavar='FILE')
@@ -165,7 +164,7 @@ def main():
         if not file.exists():
             parser.error(f'there is no {file}')
     module, device = load(args.script.resolve()), torch.device(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else module.default_dtype(device)
+    dtype = module.default_dtype(device)
     module.set_up_process(device)
 
     functions = pieces(module, device, dtype)
