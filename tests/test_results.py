@@ -52,6 +52,20 @@ def test_a_wrong_row_is_found(key, value):
         check_row(table()[LOGS[0].stem], header, runs[1:], importlib.import_module(LOGS[0].stem).hyp)
 
 
+def test_the_times_on_each_processor_are_logged_ones():
+    readme = (ROOT / 'README.md').read_text()
+    scripts = re.findall(r'airbench\w+', re.search(r'^\| two cores of .*$', readme, re.MULTILINE)[0])
+    found = set()
+    for processor, *cells in re.findall(r'^\| an \w+ (\w+),[^|]*' + 4 * r'\| (.*?) ?' + r'\|$', readme, re.MULTILINE):
+        for script, cell in zip(scripts, cells, strict=True):
+            runs = summarize.read_logs([ROOT / 'results' / f'{script}.jsonl'])[1]
+            times = [f'{run["seconds"]:.0f} s, {1000 * run["pflops"] / run["seconds"]:.2f}'
+                     for run in runs if processor in run['device']]
+            assert not cell or cell in times
+            found |= {script} if cell else set()
+    assert found == set(table())
+
+
 def test_the_figures_are_drawn_from_the_logs():
     accuracy, distribution = ((ROOT / 'results' / name).read_text() for name in ('accuracy.svg', 'distribution.svg'))
     for log in LOGS:
