@@ -150,10 +150,10 @@ class CifarLoader:
         self.check()
         images, labels, epoch = self.images, self.labels.to(self.images.device), self.epoch
         flip, translate = self.aug.get('flip', False), self.aug.get('translate', 0)
-        # With altflip these coins are tossed once, and the whole set is mirrored in odd epochs.
+        # With altflip these coins are tossed once, and turned over in odd epochs.
         if flip and (epoch == 0 or not self.altflip or len(self.flip_mask) != len(images)):
             self.flip_mask = torch.rand(len(images), device=images.device) < 0.5
-        flip_mask = self.flip_mask.to(images.device)
+        flip_mask = self.flip_mask.to(images.device) ^ (self.altflip and epoch % 2 == 1)
         self.epoch += 1
 
         order = (torch.randperm if self.shuffle else torch.arange)(len(images), device=images.device)
@@ -165,8 +165,6 @@ class CifarLoader:
             if translate:
                 inputs = F.pad(inputs, (translate,) * 4, mode='reflect')
                 inputs = batch_crop(inputs, inputs.size(-1) - 2 * translate)
-            if flip and self.altflip and epoch % 2 == 1:
-                inputs = inputs.flip(-1)
             yield inputs, labels[indices]
 
 
