@@ -3,14 +3,14 @@ airbench95: trains a network to 95% test accuracy on CIFAR-10, for 1.4 PFLOPs a 
 
 Relative to airbench94.py the blocks are wider and the training is longer, since a larger network gains more
 from longer training; the lr is lower, which suits both (the paper).
-
-Run it with python; --help lists the options, and with --data synthetic it needs neither data nor network.
 Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").
-The scripts airbench94.py, airbench94_compiled.py, airbench95.py and airbench96.py each stand alone, and differ
-by their recipes and by nothing else, which `diff airbench94.py airbench95.py` shows.
+
+    python airbench94.py --data synthetic --epochs 1    # a trial that needs neither data nor network
+    python airbench94.py                                # --help lists the options
 """
 
 import argparse
+import ast
 import copy
 import ctypes
 import functools
@@ -19,32 +19,29 @@ import json
 import math
 import os
 import platform
-import secrets
-import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-####################################################################################################
-# Hyperparameters (the paper's)
-####################################################################################################
+SCRIPT = Path(__file__).stem
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
-# lr and weight_decay are decoupled from each other, from the momentum and from the batch size: make_optimizer
-# turns them into PyTorch's.
+# ---------------------------------------- Hyperparameters -----------------------------------------
+# Each can be changed: --lr 10 on the command line, train(lr=10) in Python.
+
 hyp = dict(
     epochs=15.0,
     batch_size=1024,
-    lr=10.0,
+    lr=10.0,  # decoupled from momentum and batch_size, as weight_decay is from all three; see make_optimizer
     momentum=0.85,
     weight_decay=0.0153,
     bias_scaler=64.0,  # the BatchNorm biases learn this much faster
@@ -59,239 +56,159 @@ hyp = dict(
     tta_level=2,  # 0: the image; 1: and its mirror; 2: and two one-pixel translations of both
 )
 
-####################################################################################################
-# Data
-####################################################################################################
+# ---------------------------------------------- Data ----------------------------------------------
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
-AUGMENTATIONS = ('flip', 'translate')
-
-
-@functools.cache  # because to make them on a GPU waits for it
-def channel_statistics(dtype, device):
-    return [torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD)]
-
-
-def normalize(images):
-    """(N, 3, H, W) images in [0, 1] -> the same shape, standardised by CIFAR-10's channel statistics."""
-    mean, std = channel_statistics(images.dtype, images.device)
-    return images.sub(mean).div_(std)
-
-
-def batch_flip_lr(images, mask):
-    """Mirrors those of the (N, C, H, W) images left-right for which the bool (N,) mask is set."""
-    return torch.where(mask.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def batch_crop(padded, crop_size):
-    """A random crop_size square of each of the (N, C, H, W) images: (N, C, crop_size, crop_size)."""
-    offsets = padded.size(-1) - crop_size + 1
+    """A random crop_size square of each of the (N, C, H, W) images."""
     crops = padded.unfold(2, crop_size, 1).unfold(3, crop_size, 1)
-    y, x = torch.randint(offsets, (2, len(padded)), device=padded.device)
+    y, x = torch.randint(crops.size(2), (2, len(padded)), device=padded.device)
     return crops[torch.arange(len(padded), device=padded.device), :, y, x]
 
 
 class CifarLoader:
     """
-    The images of CIFAR-10 on one device, and batches of them, normalised and augmented there.
-
-        train_loader = CifarLoader('cifar10', train=True, batch_size=500, aug=dict(flip=True, translate=2))
-        mask = train_loader.labels < 6                     # an experiment on the first six classes
-        train_loader.images = train_loader.images[mask]
-        train_loader.labels = train_loader.labels[mask]
-        for inputs, labels in train_loader:                # (500, 3, 32, 32), (500,)
-            ...
-
-    path: a folder (None: $AIRBENCH_DATA, else cifar10), or 'synthetic'; see load_split.
-    aug: flip=True mirrors images left-right, translate=r moves them by up to r pixels each way.
-    drop_last, shuffle: None means what training and testing need: the value of train.
-    altflip: mirror each image in every other epoch, instead of at random (the paper, section 3.6).
-
-    Attributes, which may be assigned to at any time; the next iteration honours it:
-    images: float32 (N, 3, 32, 32) in [0, 1], channels_last, not normalised. labels: int64 (N,).
-    classes: the ten names. normalize: what turns a batch of images into the network's input.
-    epoch: the number of iterations begun so far.
-    Raises ValueError for an unknown augmentation, for images and labels that differ in number, and
-    for a batch larger than the data with drop_last.
+    CIFAR-10 on one device, in batches of normalised and augmented (N, 3, 32, 32) inputs and (N,) labels. path: a folder
+    (None: $AIRBENCH_DATA, else cifar10) or 'synthetic'. aug: flip=True mirrors, translate=r moves by up to r pixels.
+    drop_last, shuffle: None is the value of train. altflip: mirror in every other epoch, not at random (section 3.6).
+    Attributes may be assigned to: images, float (N, 3, 32, 32) in [0, 1]; labels, int64 (N,).
     """
 
     def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None,
                  altflip=True, device=None):
-        self.path = default_path() if path is None else path
-        data = load_split(self.path, train)
+        self.path = str(path or os.environ.get('AIRBENCH_DATA') or 'cifar10')
+        data, device = load_split(self.path, train), device or DEVICE
         # (N, 32, 32, 3) in memory is (N, 3, 32, 32) in channels_last: nothing moves.
-        images = data['images'].to(device or default_device()).permute(0, 3, 1, 2)
-        self.images = images.float().div_(255)
-        self.labels = data['labels'].to(images.device)
-        self.classes = data['classes']
-        self.normalize = normalize
-        self.batch_size = batch_size
-        self.aug = aug or {}
-        self.drop_last = train if drop_last is None else drop_last
-        self.shuffle = train if shuffle is None else shuffle
-        self.altflip = altflip
-        self.epoch = 0
-        self.flip_mask = torch.empty(0, dtype=torch.bool)
+        self.images = data['images'].to(device).permute(0, 3, 1, 2).float().div_(255)
+        self.labels, self.classes = data['labels'].to(device), data['classes']
+        self.sha256 = {key: hashlib.sha256(data[key].contiguous().numpy()).hexdigest() for key in ('images', 'labels')}
+        self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (CIFAR_MEAN, CIFAR_STD))
+        self.batch_size, self.aug, self.altflip = batch_size, aug or {}, altflip
+        self.drop_last, self.shuffle = (train if given is None else given for given in (drop_last, shuffle))
+        self.epoch, self.flip_mask = 0, None
         self.check()
 
     def check(self):
-        if not set(self.aug) <= set(AUGMENTATIONS):
-            raise ValueError(f'unknown augmentation among {list(self.aug)}: there are {AUGMENTATIONS}')
-        if len(self.images) != len(self.labels):
-            raise ValueError(f'the loader has {len(self.images)} images but {len(self.labels)} labels')
-        if self.batch_size < 1 or len(self) < 1:
-            raise ValueError(f'a batch of {self.batch_size} cannot be had from {len(self.images)} images')
+        known = {'flip', 'translate'}
+        if self.aug.keys() - known or not all(0 <= value < self.images.size(-1) for value in self.aug.values()):
+            raise ValueError(f'aug cannot be {self.aug} here; airbench.CifarLoader knows flip, translate and cutout')
+        if not self.images.is_floating_point():
+            raise ValueError(f'images must be floating point in [0, 1], as by .float() / 255, not {self.images.dtype}')
+        if len(self.images) != len(self.labels) or self.batch_size < 1 or len(self) < 1:
+            raise ValueError(f'no batch of {self.batch_size} from {len(self.images)} images, {len(self.labels)} labels')
+
+    def normalize(self, images):
+        return images.sub(self.mean.to(images)).div_(self.std.to(images))
 
     def __len__(self):
         return (len(self.images) if self.drop_last else len(self.images) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self):
         self.check()
-        images, labels, epoch = self.images, self.labels.to(self.images.device), self.epoch
-        flip, translate = self.aug.get('flip', False), self.aug.get('translate', 0)
+        n, device = len(self.images), self.images.device
         # With altflip these coins are tossed once, and turned over in odd epochs.
-        if flip and (epoch == 0 or not self.altflip or len(self.flip_mask) != len(images)):
-            self.flip_mask = torch.rand(len(images), device=images.device) < 0.5
-        flip_mask = self.flip_mask.to(images.device) ^ (self.altflip and epoch % 2 == 1)
+        if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
+            self.flip_mask = torch.rand(n, device=device) < 0.5
+        flip_mask = self.flip_mask ^ (self.altflip and self.epoch % 2 == 1)
         self.epoch += 1
 
-        order = (torch.randperm if self.shuffle else torch.arange)(len(images), device=images.device)
+        order = (torch.randperm if self.shuffle else torch.arange)(n, device=device)
         # Batch by batch rather than for the whole set at once: the same work, in a cache instead of in memory.
         for indices in order.split(self.batch_size)[:len(self)]:
-            inputs = self.normalize(images[indices])
-            if flip:
-                inputs = batch_flip_lr(inputs, flip_mask[indices])
-            if translate:
-                inputs = F.pad(inputs, (translate,) * 4, mode='reflect')
-                inputs = batch_crop(inputs, inputs.size(-1) - 2 * translate)
-            yield inputs, labels[indices]
+            inputs = self.normalize(self.images[indices])
+            if self.aug.get('flip'):
+                inputs = torch.where(flip_mask[indices].view(-1, 1, 1, 1), inputs.flip(-1), inputs)
+            if translate := self.aug.get('translate'):
+                inputs = batch_crop(F.pad(inputs, (translate,) * 4, mode='reflect'), inputs.size(-1))
+            yield inputs, self.labels[indices]
 
 
-####################################################################################################
-# Network
-####################################################################################################
+# --------------------------------------------- Network --------------------------------------------
 
 
 def conv3x3(channels_in, channels_out):
-    """A 3x3 convolution whose first channels_in filters begin as the identity (the paper, section 3.3)."""
+    """The first channels_in filters begin as the identity (the paper, section 3.3)."""
     conv = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[:channels_in])
     return conv
-
-
-def batchnorm(channels, momentum):
-    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
-    norm.weight.requires_grad = False
-    return norm
 
 
 class Block(nn.Module):
     def __init__(self, channels_in, channels_out, bn_momentum):
         super().__init__()
         self.conv1 = conv3x3(channels_in, channels_out)
-        self.norm1 = batchnorm(channels_out, bn_momentum)
+        self.norm1 = nn.BatchNorm2d(channels_out, eps=1e-12, momentum=bn_momentum)
         self.conv2 = conv3x3(channels_out, channels_out)
-        self.norm2 = batchnorm(channels_out, bn_momentum)
+        self.norm2 = nn.BatchNorm2d(channels_out, eps=1e-12, momentum=bn_momentum)
 
     def forward(self, x):
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        x = F.gelu(self.norm2(self.conv2(x)))
-        return x
+        return F.gelu(self.norm2(self.conv2(x)))
 
 
 class Net(nn.Module):
-    """(N, 3, 32, 32) normalised images -> (N, 10) logits in the weights' dtype."""
+    """
+    Normalised (N, 3, 32, 32) images -> float32 (N, num_classes) logits. float16: all but the BatchNorms, which are
+    float32. bfloat16: autocast over float32 weights. init_whitening has yet to initialise the first layer.
+    """
 
-    def __init__(self, widths, bn_momentum, scaling_factor):
+    def __init__(self, h=hyp, num_classes=10, device='cpu', dtype=torch.float32):
         super().__init__()
-        self.whiten = nn.Conv2d(3, 24, kernel_size=2, bias=True)
+        self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad = False
         nn.init.zeros_(self.whiten.bias)
-        self.blocks = nn.Sequential(*(Block(channels_in, channels_out, bn_momentum)
-                                      for channels_in, channels_out in zip((24, *widths), widths, strict=False)))
-        self.linear = nn.Linear(widths[-1], 10, bias=False)
-        self.scaling_factor = scaling_factor
-        self.autocast = False
+        self.blocks = nn.Sequential(*(Block(*channels, h['bn_momentum'])
+                                      for channels in zip((24, *h['widths']), h['widths'], strict=False)))
+        self.linear = nn.Linear(h['widths'][-1], num_classes, bias=False)
+        self.scaling_factor, self.autocast = h['scaling_factor'], dtype == torch.bfloat16
+        self.to(device, torch.float32 if self.autocast else dtype, memory_format=torch.channels_last)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.float().weight.requires_grad = False
 
     def forward(self, x):
-        dtype = self.whiten.weight.dtype
-        x = x.to(dtype, memory_format=torch.channels_last)
+        x = x.to(self.whiten.weight.dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext():
             x = F.gelu(self.whiten(x))
             x = F.max_pool2d(self.blocks(x), 3)
             logits = self.linear(x.flatten(1))
-        return logits.to(dtype) * self.scaling_factor
-
-
-def make_net(widths=hyp['widths'], bn_momentum=hyp['bn_momentum'], scaling_factor=hyp['scaling_factor'], *,
-             device='cpu', dtype=torch.float32):
-    """
-    A new network, its whitening layer not yet initialised, in one of three precisions:
-    float16 throughout but for the BatchNorms (float32); bfloat16 by autocast over float32 weights; float32.
-    """
-    net = Net(widths, bn_momentum, scaling_factor)
-    net.autocast = dtype == torch.bfloat16
-    net = net.to(device, torch.float32 if net.autocast else dtype, memory_format=torch.channels_last)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.float()
-    return net
+        return logits.float() * self.scaling_factor  # float32, since the sum of a batch's losses can exceed float16
 
 
 @torch.no_grad()
 def init_whitening(net, images, eps=5e-4):
-    """
-    Makes net's first layer whiten the 2x2 patches of these (N, 3, H, W) normalised images: its filters are
-    the eigenvectors of the patches' second moment, each over the root of its eigenvalue, and their
-    negatives (the paper, section 3.2; the idea is tysam-code's, from hlb-CIFAR10).
-    """
+    """The eigenvectors of the images' 2x2 patches' second moment, scaled by its roots, and their negatives (3.2)."""
     patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-    eigenvalues, eigenvectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    # On the CPU: a 12x12 problem is not worth the loading of CUDA's solver, and older MPS has none.
+    eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())
     filters = (eigenvectors / torch.sqrt(eigenvalues + eps)).T.reshape(12, 3, 2, 2)
     net.whiten.weight.copy_(torch.cat((filters, -filters)))
 
 
-####################################################################################################
-# Optimisation
-####################################################################################################
+# ------------------------------------------ Optimisation ------------------------------------------
 
 
-def make_optimizer(net, lr, momentum, weight_decay, bias_scaler, batch_size):
+def make_optimizer(net, h):
     """
-    Nesterov SGD for the sum of a batch's losses. A constant gradient moves a weight by lr * (1 + 1 / (1 - momentum))
-    of PyTorch's lr; dividing by that and by 1,024 images leaves an lr that means the same for any momentum and batch
-    size. The decay of a group is divided by its lr, by which PyTorch multiplies it (the paper's listing).
+    Nesterov SGD for the sum of a batch's losses. lr and weight_decay are per 1,024 images and divided by the factor
+    1 + 1 / (1 - momentum) by which momentum lengthens a constant gradient's steps, so that each can be tuned alone;
+    PyTorch multiplies a group's decay by its lr (the paper's listing).
     """
-    scale = 1024 * (1 + 1 / (1 - momentum))
+    scale = 1024 * (1 + 1 / (1 - h['momentum']))
     biases = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' in name]
     others = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' not in name]
-    groups = [dict(params=params, lr=peak_lr, peak_lr=peak_lr, weight_decay=weight_decay * batch_size / scale / peak_lr)
-              for params, peak_lr in ((biases, bias_scaler * lr / scale), (others, lr / scale))]
-    return torch.optim.SGD(groups, momentum=momentum, nesterov=True)
+    groups = [dict(params=params, lr=lr, peak_lr=lr, weight_decay=h['weight_decay'] * h['batch_size'] / scale / lr)
+              for params, lr in ((biases, h['bias_scaler'] * h['lr'] / scale), (others, h['lr'] / scale))]
+    return torch.optim.SGD(groups, momentum=h['momentum'], nesterov=True, fused=net.linear.weight.is_cuda)
 
 
 def lr_factor(step, total_steps):
-    """The share of its peak that the lr has at a step, from 0: 0.2, up to 1 at 23% of the steps, down to 0.07."""
+    """From 0.2 up to 1 at 23% of the steps, then down to 0.07."""
     peak = int(0.23 * total_steps)
-    if step < peak:
-        return 0.2 + 0.8 * step / peak
-    return 1 - 0.93 * (step - peak) / (total_steps - peak)
-
-
-def train_step(net, optimizer, inputs, labels, label_smoothing):
-    """One step of the optimiser; returns the loss, summed over the batch, and the (N, 10) logits, both detached."""
-    logits = net(inputs)
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction='sum')
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), logits.detach()
-
-
-def lookahead_state(net):
-    """What the Lookahead averages: all floating-point tensors of the network, BatchNorm statistics too."""
-    return [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+    return 0.2 + 0.8 * step / peak if step < peak else 1 - 0.93 * (step - peak) / (total_steps - peak)
 
 
 def lookahead_update(average, state, decay):
@@ -301,533 +218,395 @@ def lookahead_update(average, state, decay):
         fast.copy_(slow)
 
 
-####################################################################################################
-# Evaluation
-####################################################################################################
+def train_step(net, optimizer, inputs, labels, label_smoothing):
+    """Returns the loss, summed over the batch, and the logits."""
+    logits = net(inputs)
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction='sum')
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
 
-EVAL_BATCH_SIZE = 2000
+
+# ------------------------------------------- Evaluation -------------------------------------------
 
 
 @torch.no_grad()
 def infer(net, loader, tta_level=0):
-    """
-    The network's float32 (N, 10) logits for loader.images, in their order, whatever the loader's shuffling
-    and augmentation. tta_level 1 averages each image's logits with its mirror's; 2 takes half of that and
-    half the mean of the same for the image moved by one pixel up-left and down-right (the paper, section 3.5).
-    """
-    if tta_level not in (0, 1, 2):
-        raise ValueError(f'tta_level is 0, 1 or 2, not {tta_level}')
-
-    def mirrored(images):
-        if tta_level == 0:
-            return net(images).float()
-        return 0.5 * net(images).float() + 0.5 * net(images.flip(-1)).float()
-
-    def translated(images):
-        padded = F.pad(images, (1,) * 4, mode='reflect')
-        return 0.5 * (mirrored(padded[..., :-2, :-2]) + mirrored(padded[..., 2:, 2:]))
-
-    was_training = net.training
+    """The float32 (N, num_classes) logits of loader.images, in order. tta_level as in hyp (the paper, section 3.5)."""
+    was_training, logits = net.training, []
     net.eval()
-    logits = []
-    for images in loader.images.split(EVAL_BATCH_SIZE):
-        images = loader.normalize(images)
-        logits.append(0.5 * (mirrored(images) + translated(images)) if tta_level == 2 else mirrored(images))
+    for images in map(loader.normalize, loader.images.split(2000)):
+        views = [(1.0, images)]
+        if tta_level == 2:
+            padded = F.pad(images, (1,) * 4, mode='reflect')
+            views = [(0.5, images), (0.25, padded[..., :-2, :-2]), (0.25, padded[..., 2:, 2:])]
+        if tta_level >= 1:
+            views = [(weight / 2, mirrored) for weight, view in views for mirrored in (view, view.flip(-1))]
+        logits.append(sum(weight * net(view).float() for weight, view in views))
     net.train(was_training)
     return torch.cat(logits)
 
 
 def evaluate(net, loader, tta_level=0):
     """The share of loader.images that the network gets right."""
-    logits = infer(net, loader, tta_level)
-    return (logits.argmax(1) == loader.labels.to(logits.device)).sum().item() / len(logits)
+    return (infer(net, loader, tta_level).argmax(1) == loader.labels).sum().item() / len(loader.labels)
 
 
-####################################################################################################
-# Training
-####################################################################################################
+# -------------------------------------------- Training --------------------------------------------
 
 
-def train(train_loader=None, *, epochs=hyp['epochs'], batch_size=hyp['batch_size'], lr=hyp['lr'],
-          momentum=hyp['momentum'], weight_decay=hyp['weight_decay'], bias_scaler=hyp['bias_scaler'],
-          label_smoothing=hyp['label_smoothing'], whiten_bias_epochs=hyp['whiten_bias_epochs'],
-          lookahead=hyp['lookahead'], aug=hyp['aug'], altflip=hyp['altflip'], widths=hyp['widths'],
-          bn_momentum=hyp['bn_momentum'], scaling_factor=hyp['scaling_factor'], tta_level=hyp['tta_level'],
-          device=None, dtype=None, seed=None, verbose=True, test_loader=None, history=None, run=None):
+def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True, test_loader=None, history=None,
+          **overrides):
     """
-    Trains a network and returns it, in evaluation mode, ready for infer and evaluate.
-
-    train_loader: a CifarLoader, which stays as it is: a copy of it is used. None: CIFAR-10 as the scripts
-        find it, with this batch_size, aug and altflip; a loader brings its own.
-    device: None is the loader's, or else CUDA where there is one, or else the CPU.
-    epochs: fractions count. The schedule follows from the number of steps.
-    dtype: torch.float16, bfloat16 or float32, see make_net. None: the fastest that suits the device.
-    seed: seeds PyTorch's global generators; None leaves them as they are.
-    verbose: prints a table with a row an epoch. history: a list that takes its rows, as dicts. test_loader:
-        for the accuracies; None: the test set from the loader's path. Without verbose and history nothing
-        is evaluated. run: a name for the table's first column.
-    Raises ValueError for arguments that make no sense, FloatingPointError where the training diverges.
+    Trains a network and returns it, in evaluation mode. train_loader: a CifarLoader, which stays as it is (None:
+    CIFAR-10). seed: for PyTorch's global generators (None: as they are). device: None is the loader's. dtype: see Net,
+    and default_dtype for None. verbose: print a table. history: a list to which its rows are added, as dicts.
+    test_loader: what to evaluate on (None: the loader's test set); without verbose and history nothing is. overrides:
+    hyperparameters, as in lr=10; batch_size, aug and altflip that are not named are the loader's. Raises TypeError for
+    an unknown one, ValueError for values and data that make no sense, FloatingPointError if the training diverges.
     """
+    h, of_loader = merge(overrides), ('batch_size', 'aug', 'altflip')
     if train_loader is None:
-        train_loader = CifarLoader(None, True, batch_size, aug, altflip=altflip, device=device)
-    device = torch.device(device or train_loader.images.device)
-    if not (math.isfinite(epochs) and epochs > 0):
-        raise ValueError(f'epochs must be more than 0, not {epochs}')
-    if len(train_loader) < 1:
-        raise ValueError(f'{len(train_loader.images)} images are less than one batch of {train_loader.batch_size}')
+        train_loader = CifarLoader(device=device, **{key: h[key] for key in of_loader})
+    loader = copy.copy(train_loader)
+    h |= {key: vars(loader)[key] for key in of_loader if key not in overrides}
+    vars(loader).update({key: h[key] for key in of_loader}, epoch=0, flip_mask=None)
+    loader.check()
+    if not 0 <= loader.labels.min() <= loader.labels.max() < len(loader.classes):
+        raise ValueError(f'labels must be 0 to {len(loader.classes) - 1}, as there are {len(loader.classes)} classes')
+    device = torch.empty(0, device=device or loader.images.device).device  # with its index, as cuda:0
+    if test_loader is None and (verbose or history is not None):
+        test_loader = CifarLoader(loader.path, train=False, device=device)
     if seed is not None:
         torch.manual_seed(seed)
 
-    net = make_net(widths, bn_momentum, scaling_factor, device=device, dtype=dtype or default_dtype(device))
-    optimizer = make_optimizer(net, lr, momentum, weight_decay, bias_scaler, train_loader.batch_size)
-    loader = copy.copy(train_loader)
-    loader.images, loader.epoch = loader.images.to(device, net.whiten.weight.dtype), 0
-    evaluated = verbose or history is not None
-    if evaluated and test_loader is None:
-        test_loader = CifarLoader(loader.path, train=False, device=device)
-    total_steps = math.ceil(epochs * len(loader))
-    step, shown = 0, time.perf_counter()
-    if verbose and run is None:
-        print_head(loader.path)
+    net = Net(h, len(loader.classes), device, dtype or default_dtype(device))
+    optimizer = make_optimizer(net, h)
+    loader.labels = loader.labels.to(device)
+    loader.images, loader.mean, loader.std = (tensor.to(device, net.whiten.weight.dtype)
+                                              for tensor in (loader.images, loader.mean, loader.std))
+    total_steps = math.ceil(h['epochs'] * len(loader))
 
     # The clock stands still during the validation after each epoch.
     seconds, start = 0.0, synchronized_time(device)
     init_whitening(net, loader.normalize(loader.images[:5000]))
-    state = lookahead_state(net)
+    state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]  # BatchNorm's averages too
     average = [tensor.clone() for tensor in state]
     for epoch in range(math.ceil(total_steps / len(loader))):
         net.train()
-        net.whiten.bias.requires_grad_(epoch < whiten_bias_epochs)
+        net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
         losses = []
-        for inputs, labels in loader:
+        for step, (inputs, labels) in zip(range(epoch * len(loader), total_steps), loader, strict=False):
             for group in optimizer.param_groups:
                 group['lr'] = group['peak_lr'] * lr_factor(step, total_steps)
-            loss, logits = train_step(net, optimizer, inputs, labels, label_smoothing)
+            loss, logits = train_step(net, optimizer, inputs, labels, h['label_smoothing'])
             losses.append(loss)
-            step += 1
-            if lookahead and step % 5 == 0:
-                lookahead_update(average, state, decay=0.95**5 * (step / total_steps)**3)
-            if verbose:
-                shown = show_progress(shown, seconds + time.perf_counter() - start, step, total_steps)
-            if step == total_steps:
-                break
-        if lookahead and step == total_steps:
+            done = step + 1
+            if h['lookahead'] and done % 5 == 0:
+                lookahead_update(average, state, decay=0.95**5 * (done / total_steps)**3)
+            if verbose and done % 10 == 0:
+                show_progress(done, total_steps, seconds + time.perf_counter() - start)
+        if h['lookahead'] and done == total_steps:
             lookahead_update(average, state, decay=1.0)
-        net.eval()
         seconds += synchronized_time(device) - start
 
-        row = dict(run=run, epoch=epoch + 1, train_loss=loss.item() / len(inputs),
-                   train_acc=(logits.argmax(1) == labels).sum().item() / len(labels), time_seconds=seconds, steps=step)
-        if evaluated:
-            row['val_acc'] = evaluate(net, test_loader)
-            report(row, verbose, history)
+        if test_loader is not None:
+            report(dict(epoch=epoch + 1, train_loss=loss.item() / len(labels),
+                        train_acc=(logits.argmax(1) == labels).float().mean().item(),
+                        val_acc=evaluate(net, test_loader), time_seconds=seconds, steps=done), verbose, history)
         if not all(tensor.isfinite().all() for tensor in (torch.stack(losses), *state)):
             raise FloatingPointError(f'the training diverged in epoch {epoch + 1}: loss or weights are not finite')
         start = synchronized_time(device)
 
-    if evaluated:
-        tta_val_acc = evaluate(net, test_loader, tta_level)
+    if test_loader is not None:
+        tta_val_acc = evaluate(net, test_loader, h['tta_level'])
         seconds += synchronized_time(device) - start
-        report(dict(run=run, epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step), verbose, history)
-    return net
+        report(dict(epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=done), verbose, history)
+    return net.eval()
 
 
-def warmup(*, batch_size=hyp['batch_size'], widths=hyp['widths'], device=None, dtype=None, test_size=10_000):
-    """
-    A few untimed steps of each kind that train takes, on noise: the whitening bias trained and frozen, each with each
-    evaluation batch size. On CUDA a kernel's first use is slow, and cudnn.benchmark tries several; a CPU needs none.
-    """
-    device = torch.empty(0, device=device or default_device()).device  # with its index, as tensors say it
+def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **overrides):
+    """Before the timing: sets the process up, and on CUDA, where a kernel's first use is slow, trains for a moment."""
+    device = torch.device(device or (DEVICE if train_loader is None else train_loader.images.device))
+    torch.backends.cudnn.benchmark = True
+    if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
+        # M_MMAP_MAX and M_TRIM_THRESHOLD: keep freed blocks, whose pages the kernel would clear again. A tenth faster.
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     if device.type == 'cpu':
         return
-    net = make_net(widths, device=device, dtype=dtype or default_dtype(device))
-    optimizer = make_optimizer(net, hyp['lr'], hyp['momentum'], hyp['weight_decay'], hyp['bias_scaler'], batch_size)
-    images = torch.rand(max(batch_size, EVAL_BATCH_SIZE), 3, 32, 32, device=device, dtype=net.whiten.weight.dtype)
-    labels = torch.randint(10, (batch_size,), device=device)
-    init_whitening(net, normalize(images))
-    for bias_trains in (True, False):
-        net.whiten.bias.requires_grad_(bias_trains)
-        for _ in range(3):
-            train_step(net, optimizer, normalize(images[:batch_size]), labels, hyp['label_smoothing'])
-        for size in {min(test_size, EVAL_BATCH_SIZE), test_size % EVAL_BATCH_SIZE} - {0}:
-            infer(net, SimpleNamespace(images=images[:size], normalize=normalize), hyp['tta_level'])
+    if train_loader is None:
+        train_loader = CifarLoader(None, True, hyp['batch_size'], hyp['aug'], device=device)
+    loader, test_loader = copy.copy(train_loader), copy.copy(
+        CifarLoader(train_loader.path, False, device=device) if test_loader is None else test_loader)
+    # Three batches, and an evaluation batch of each size.
+    n, n_test = 3 * overrides.get('batch_size', loader.batch_size), 2000 + len(test_loader.images) % 2000
+    loader.images, loader.labels = loader.images[:n], loader.labels[:n]
+    test_loader.images, test_loader.labels = test_loader.images[:n_test], test_loader.labels[:n_test]
+    train(loader, device=device, dtype=dtype, verbose=False, test_loader=test_loader, history=[],
+          **overrides | dict(epochs=2, whiten_bias_epochs=1))
 
 
-####################################################################################################
-# Harness: where it runs
-####################################################################################################
+# -------------------------------------------- Harness ---------------------------------------------
 
 
-def default_device():
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
-
-
-def default_dtype(device):
-    """float16 on CUDA; bfloat16 on a CPU that computes it natively; else float32."""
-    device, native = torch.device(device), torch.cpu.get_capabilities()
-    if device.type == 'cpu' and (native.get('avx512_bf16') or native.get('amx_bf16')):
-        return torch.bfloat16
-    return torch.float16 if device.type == 'cuda' else torch.float32
+def merge(overrides):
+    """hyp with these changes, as far as they make sense."""
+    if unknown := overrides.keys() - hyp.keys():
+        raise TypeError(f'no hyperparameter {", ".join(unknown)}: there are {", ".join(hyp)}')
+    h = hyp | overrides
+    sense = dict(
+        epochs=0 < h['epochs'] < math.inf, batch_size=type(h['batch_size']) is int and h['batch_size'] > 0,
+        lr=0 < h['lr'] < math.inf, momentum=0 < h['momentum'] < 1, weight_decay=0 <= h['weight_decay'] < math.inf,
+        bias_scaler=0 < h['bias_scaler'] < math.inf, label_smoothing=0 <= h['label_smoothing'] <= 1,
+        whiten_bias_epochs=h['whiten_bias_epochs'] >= 0, lookahead=h['lookahead'] in (True, False),
+        aug=isinstance(h['aug'], dict), altflip=h['altflip'] in (True, False), bn_momentum=0 < h['bn_momentum'] <= 1,
+        widths=[type(width) for width in h['widths'] if width > 0] == [int] * 3, tta_level=h['tta_level'] in (0, 1, 2))
+    if wrong := [f'{key} cannot be {h[key]}' for key in sense if not sense[key]]:
+        raise ValueError(', '.join(wrong))
+    return h
 
 
 def device_name(device):
-    if torch.device(device).type == 'cuda':
+    """As in 'NVIDIA H100', or 'AMD EPYC (AVX512-BF16)' with the instruction set that matters most."""
+    if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return torch.cpu.get_capabilities().get('cpu_name') or platform.processor() or platform.machine()
+    cpu = getattr(torch.cpu, 'get_capabilities', dict)()  # PyTorch before 2.11 cannot tell
+    sets = dict(amx_bf16='AMX', avx512_bf16='AVX512-BF16', avx512_f='AVX512', avx2='AVX2')
+    return f'{cpu.get("cpu_name", "CPU")} ({next((sets[key] for key in sets if cpu.get(key)), platform.machine())})'
+
+
+def default_dtype(device):
+    """float16 on CUDA; bfloat16 on a CPU that is faster in it, one with AMX or AMD's with AVX512-BF16; else float32."""
+    name = device_name(device)
+    fast = name.endswith('(AMX)') or name.endswith('(AVX512-BF16)') and name.startswith('AMD')
+    return torch.float16 if device.type == 'cuda' else torch.bfloat16 if fast else torch.float32
 
 
 def synchronized_time(device):
-    """Seconds on a clock, once the device has done all that was asked of it."""
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def set_up_process(device):
-    """What speeds up the whole process, and so is a script's to do and not an imported module's."""
-    torch.backends.cudnn.benchmark = True
-    if 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun gives each of its processes one thread
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
-    if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        # glibc hands every large freed block back to the kernel, which clears its pages anew in the next step.
-        # Keeping them, by mallopt(3) with M_MMAP_MAX = -4 and M_TRIM_THRESHOLD = -1, saves a tenth of the time.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
-
-
-####################################################################################################
-# Harness: the data's files
-####################################################################################################
-
-
-def default_path():
-    return os.environ.get('AIRBENCH_DATA') or 'cifar10'
-
-
 def load_split(path, train):
     """
-    One half of CIFAR-10 as dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=10 names), from
-    path/train.pt or path/test.pt; where it is missing, torchvision reads or downloads the data set, and both
-    are written. path 'synthetic' makes up a stand-in. Raises ValueError for a file that is not in order,
-    FileNotFoundError where there is neither data nor network.
+    dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names) of path/train.pt or path/test.pt; where
+    there is none, CIFAR-10's; for 'synthetic', made-up ones. Raises ValueError for a file that is not in order.
     """
+    file, found = Path(path, 'train.pt' if train else 'test.pt'), 'damaged'
     if str(path) == 'synthetic':
         return synthetic_split(train)
-    name = 'train' if train else 'test'
-    file = Path(path, f'{name}.pt')
     if not file.exists():
-        return fetch_cifar10(Path(path))[name]
+        return fetch_cifar10(Path(path))[file.name]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # its guesses at what a damaged file may be
             data = torch.load(file, map_location='cpu', weights_only=True)
+        images, labels, classes = data['images'], data['labels'], data['classes']
+        found = f'{images.dtype} {tuple(images.shape)}, {labels.dtype} {tuple(labels.shape)}, {classes}'
+        right = images.dtype == torch.uint8 and images.shape == (*labels.shape, 32, 32, 3) and isinstance(classes, list)
+        if not (right and labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < len(classes)):
+            raise ValueError
+        return data
     except PermissionError:
         raise
-    except Exception as error:  # whatever the zip reader and the unpickler make of it
-        raise ValueError(f'{file} is damaged, or no file of PyTorch tensors: delete it and run again') from error
-
-    images, labels, classes = (data.get(key) if isinstance(data, dict) else None
-                               for key in ('images', 'labels', 'classes'))
-    for key, value, dtype, shape in (('images', images, torch.uint8, ('N', 32, 32, 3)),
-                                     ('labels', labels, torch.int64, ('N',))):
-        if not (torch.is_tensor(value) and value.dtype == dtype and value.shape[1:] == shape[1:] and value.numel()):
-            found = f'{value.dtype} {tuple(value.shape)}' if torch.is_tensor(value) else type(value).__name__
-            raise ValueError(f'{file}: {key} must be a {dtype} tensor of shape {shape}, and is {found}')
-    if len(images) != len(labels):
-        raise ValueError(f'{file} has {len(images)} images but {len(labels)} labels')
-    if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f'{file}: labels must be 0 to 9, and are {labels.min()} to {labels.max()}')
-    if not (isinstance(classes, list) and len(classes) == 10):
-        raise ValueError(f'{file}: classes must be a list of 10 names')
-    return data
+    except Exception as error:  # whatever the zip reader, the unpickler and wrong types make of it
+        raise ValueError(f'{file} must hold dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,) from 0, classes=list '
+                         f'of names), and is {found}: mend or delete it, and run again') from error
 
 
 @functools.cache  # the second split comes with the first
 def fetch_cifar10(folder):
     """Both splits from torchvision's files in folder, or downloaded; cached there as train.pt and test.pt."""
     from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
-
-    def read(root, download):
-        halves = {name: CIFAR10(root, train=name == 'train', download=download) for name in ('train', 'test')}
-        return {name: dict(images=torch.from_numpy(half.data), labels=torch.tensor(half.targets), classes=half.classes)
-                for name, half in halves.items()}
-
-    splits = None
-    with suppress(RuntimeError):  # so torchvision says that files are missing or damaged
-        splits = read(folder, download=False)
+    found = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, because another process may be at the same, and either may be cut off.
-        with tempfile.TemporaryDirectory(dir=folder, prefix='tmp-') as scratch:
-            if splits is None:
-                if (folder / CIFAR10.filename).exists():
-                    shutil.copy(folder / CIFAR10.filename, scratch)
-                splits = read(scratch, download=True)
-            for file in (folder / 'train.pt', folder / 'test.pt'):
-                if not file.exists():
-                    torch.save(splits[file.stem], Path(scratch, file.name))
-                    os.replace(Path(scratch, file.name), file)
+        with tempfile.TemporaryDirectory() as scratch:
+            halves = [CIFAR10(folder if found else scratch, train, download=True) for train in (True, False)]
     except Exception as error:
-        if splits is None:
-            with suppress(OSError):
-                folder.rmdir()  # unless it holds something
-            raise FileNotFoundError(
-                f'no CIFAR-10 in {folder}, and it cannot be downloaded ({error}). Put train.pt and test.pt or the '
-                f'extracted archive into {folder}, name another folder with --data DIR, or use --data synthetic'
-            ) from error
+        raise FileNotFoundError(f'no CIFAR-10 in {folder}, and it cannot be downloaded ({error}). Put train.pt and '
+                                'test.pt or the archive there, or use --data DIR or --data synthetic') from error
+    splits = {name: dict(images=torch.from_numpy(half.data), labels=torch.tensor(half.targets), classes=half.classes)
+              for name, half in zip(('train.pt', 'test.pt'), halves, strict=True)}
+    try:
+        for name in splits:
+            if not (folder / name).exists():
+                save(splits[name], folder / name)
+    except OSError as error:
         print(f'note: the data could not be cached in {folder} ({error})', file=sys.stderr)
     return splits
 
 
+def save(data, file):
+    """The whole file or none, whatever happens and whoever else writes it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix='tmp-') as scratch:
+        torch.save(data, Path(scratch, file.name))
+        os.replace(Path(scratch, file.name), file)
+
+
 def synthetic_split(train):
-    """50,000 or 10,000 made-up images: a smooth pattern for each of 10 classes, under smooth and fine noise."""
-    generator = torch.Generator().manual_seed(0)
-
-    def smooth(n, size):
-        return F.interpolate(torch.randn(n, 3, size, size, generator=generator), size=32, mode='bilinear')
-
-    patterns = smooth(10, 4)
-    generator.manual_seed(1 if train else 2)
-    images = torch.empty(50_000 if train else 10_000, 32, 32, 3, dtype=torch.uint8)
-    labels = torch.randint(10, (len(images),), generator=generator)
-    for chunk, classes in zip(images.split(1000), labels.split(1000), strict=True):
-        noise = smooth(1000, 8) + 0.5 * torch.randn(1000, 3, 32, 32, generator=generator)
-        chunk.copy_((128 + 40 * (0.3 * patterns[classes] + noise)).clamp(0, 255).permute(0, 2, 3, 1))
-    return dict(images=images, labels=labels, classes=[f'pattern {i}' for i in range(10)])
-
-
-####################################################################################################
-# Harness: output and logs
-####################################################################################################
-
-SCRIPT = Path(__file__).stem
-COLUMNS = ('run', 'epoch', 'train_loss', 'train_acc', 'val_acc', 'tta_val_acc', 'time_seconds')
-
-
-def print_head(path):
-    line = '|  ' + '  |  '.join(COLUMNS) + '  |' + ('  SYNTHETIC data' if str(path) == 'synthetic' else '')
-    print('-' * len(line), line, '-' * len(line), sep='\n', flush=True)
+    """5,000 or 1,000 made-up images: the class is the brightness, under noise."""
+    generator = torch.Generator().manual_seed(int(train))
+    labels = torch.randint(10, (5000 if train else 1000,), generator=generator)
+    noise = torch.randint(64, (len(labels), 32, 32, 3), generator=generator)
+    return dict(images=(20 * labels.view(-1, 1, 1, 1) + noise).byte(), labels=labels, classes=list('0123456789'))
 
 
 def report(row, verbose, history):
-    """Takes a row of the table to where it is wanted."""
+    """Adds a row to history and to the printed table, under its head if it is the first."""
     if history is not None:
         history.append(row)
     if verbose:
-        cells = [row.get(column) for column in COLUMNS]
-        cells = ['' if cell is None else f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells]
-        cells = [cell.rjust(len(column)) for cell, column in zip(cells, COLUMNS, strict=True)]
-        if sys.stderr.isatty():
-            print('\r\033[K', end='', file=sys.stderr, flush=True)
-        print('|  ' + '  |  '.join(cells) + '  |', flush=True)
+        columns = dict(epoch=5, train_loss=10, train_acc=9, val_acc=7, tta_val_acc=11, time_seconds=12)
+        if row['epoch'] == 1:
+            print('|  ' + '  |  '.join(columns) + '  |')
+        cells = [f'{row[key]:.4f}' if isinstance(row.get(key), float) else str(row.get(key, '')) for key in columns]
+        print('|  ' + '  |  '.join(map(str.rjust, cells, columns.values())) + '  |', flush=True)
 
 
-def show_progress(shown, seconds, step, total_steps):
-    """On a terminal, and at most once a second, says how far the run is. Returns the time when it last did."""
-    now = time.perf_counter()
-    if now - shown < 1 or not sys.stderr.isatty():
-        return shown
-    eta = round(seconds / step * (total_steps - step))
-    print(f'\r\033[Kstep {step}/{total_steps}, {eta // 60}:{eta % 60:02d} to go', end='', file=sys.stderr, flush=True)
-    return now
+def show_progress(step, total_steps, seconds):
+    """On a terminal, how far the run is; elsewhere, once, how long it takes: its first row can be minutes away."""
+    if sys.stderr.isatty():
+        left = seconds / step * (total_steps - step)
+        print(f'step {step}/{total_steps}, {left:.0f} s to go ', end='\r', file=sys.stderr)  # a row overwrites it
+    elif step == 10 and seconds / step * total_steps > 60:
+        print(f'about {seconds / step * total_steps / 60:.0f} minutes a run', file=sys.stderr)
 
 
-def count_pflops(steps, batch_size, test_size, tta_level):
-    """PFLOPs of a run by the paper's convention: a training image costs three forward passes, a view in TTA one."""
+def count_pflops(h, steps, test_size, num_classes=10):
+    """By the paper's convention: a training image costs three forward passes, a view in test-time augmentation one."""
     from torch.utils.flop_counter import FlopCounterMode  # here, because it imports Triton, which takes a while
-    net = make_net(device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(torch.empty(1, 3, 32, 32, device='meta'))
-    return counter.get_total_flops() * (3 * steps * batch_size + (1, 2, 6)[tta_level] * test_size) / 1e15
+        Net(h, num_classes, 'meta')(torch.empty(1, 3, 32, 32, device='meta'))
+    return counter.get_total_flops() * (3 * steps * h['batch_size'] + (1, 2, 6)[h['tta_level']] * test_size) / 1e15
 
 
-def sha256(loader):
-    """Of the images as uint8 (N, 32, 32, 3) and of the labels, as they are in train.pt and test.pt."""
-    images = hashlib.sha256()
-    for chunk in loader.images.split(1000):
-        images.update(chunk.mul(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy())
-    return dict(images=images.hexdigest(), labels=hashlib.sha256(loader.labels.cpu().numpy()).hexdigest())
-
-
-def append_to_log(log, record):
-    """Writes a whole line, or none."""
-    size = os.fstat(log.fileno()).st_size
+def continue_log(path, header, device):
+    """The runs in a log, and whether it lacks this header, whose seed and dtype are the log's where they are None."""
+    *lines, torn = path.read_bytes().split(b'\n') if path.is_file() else [b'']
+    new = header | dict(seed=time.time_ns() % 2**32, dtype=str(default_dtype(device)).removeprefix('torch.'))
     try:
-        log.write(json.dumps(record).encode() + b'\n')
-    except OSError:
-        with suppress(OSError):
-            log.truncate(size)
-        raise
-
-
-def open_log(path, header):
-    """Opens the log to append to it, and writes the header where it tells something new. Returns it and its runs."""
-    text = path.read_bytes() if path.is_file() else b''
-    size = text.rfind(b'\n') + 1
-    try:
-        records = [json.loads(line) for line in text[:size].splitlines()]
-        headers = [record for record in records if record['type'] == 'header']
+        records = [json.loads(line) for line in lines]
         runs = [record for record in records if record['type'] == 'run']
-        old = headers[-1] if text else header
-        if header['seed'] is None:
-            header['seed'] = old['seed'] if text else secrets.randbelow(2**32)
-        ours, theirs = ({**of['hyperparameters'], **{key: of[key] for key in ('script', 'dtype', 'seed', 'data')}}
+        old = [record for record in records if record['type'] == 'header'][-1] if lines or torn else new
+        header |= {key: old[key] for key in ('seed', 'dtype') if header[key] is None}
+        ours, theirs = (of['hyperparameters'] | {key: of[key] for key in ('script', 'seed', 'dtype', 'data')}
                         for of in (header, old))
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f'{path} is not a log of this script: name another file with --log') from error
-    for key in ours | theirs:
-        if ours.get(key) != theirs.get(key):
-            raise ValueError(f'{path} holds runs with another {key}, {theirs.get(key)} instead of {ours.get(key)}: '
+    for key in ours if lines else ():
+        if ours[key] != theirs.get(key):
+            raise ValueError(f'{path} holds runs with another {key}, {theirs.get(key)} instead of {ours[key]}: '
                              'name another file with --log')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path, 'ab', buffering=0)
-    if size < len(text):
+    if torn:
         print(f'note: {path} ended in a torn line, which was dropped', file=sys.stderr)
-        log.truncate(size)
-    if old is header or any(old[key] != header[key] for key in ('source', 'torch', 'device', 'threads')):
-        append_to_log(log, header)
-    return log, runs
+        os.truncate(path, path.stat().st_size - len(torn))
+    return runs, not lines or any(old[key] != header[key] for key in ('source', 'torch', 'device', 'threads'))
+
+
+def append_to_log(path, record):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a') as log:
+        log.write(json.dumps(record) + '\n')
 
 
 def print_summary(runs, header, path):
-    synthetic = 'SYNTHETIC data, ' if header['synthetic'] else ''
-    print(f'{SCRIPT}: {len(runs)} runs, {synthetic}{header["dtype"]} on {header["device"]}, '
-          f'{header["threads"]} threads, seed {header["seed"]}')
-    finished = [run for run in runs if not run['diverged']]
-    if finished:
-        accuracies, spread = [run['tta_val_acc'] for run in finished], ''
-        if len(finished) > 1:
-            deviation = statistics.stdev(accuracies)
-            spread = f'   std {deviation:.4f}   stderr {deviation / len(finished)**0.5:.4f}'
-        print(f'tta_val_acc   mean {statistics.fmean(accuracies):.4f}{spread}   n {len(finished)}')
-        print(f'time_seconds  mean {statistics.fmean(run["seconds"] for run in finished):.2f}')
-        print(f'PFLOPs        {finished[0]["pflops"]:.3g} a run')
-    if len(finished) < len(runs):
-        print(f'diverged      {len(runs) - len(finished)} of {len(runs)} runs, which the means leave out')
-    print(f'log           {path}', flush=True)
-
-
-####################################################################################################
-# Harness: command line
-####################################################################################################
+    done = [run for run in runs if not run['diverged']]
+    print(f'{SCRIPT}: {len(runs)} runs, {len(runs) - len(done)} diverged; {"SYNTHETIC data, " * header["synthetic"]}'
+          f'{header["dtype"]} on {header["device"]}, seed {header["seed"]}, log {path}')
+    for key in ('tta_val_acc', 'seconds', 'pflops') if done else ():
+        values = [run[key] for run in done]
+        std = statistics.stdev(values) if len(values) > 1 else math.nan
+        spread = f'   std {std:.4f}   stderr {std / len(values)**0.5:.4f}' if len(values) > 1 else ''
+        print(f'{key:13} mean {statistics.fmean(values):.4f}{spread}   n {len(values)}', flush=True)
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, metavar='N', help='number of runs (default: 25 on CUDA, else 1)')
-    parser.add_argument('--epochs', type=float, default=hyp['epochs'], help='fractions count (default: %(default)s)')
-    parser.add_argument('--seed', type=int, metavar='S',
-                        help='run i, from 0, uses seed S + i (default: the log\'s, or a new one, which is logged)')
-    parser.add_argument('--data', default=default_path(), metavar='DIR',
-                        help='folder with train.pt and test.pt or CIFAR-10\'s own files, to which it is downloaded '
-                             'otherwise; "synthetic": a made-up stand-in (default: $AIRBENCH_DATA, else cifar10)')
-    parser.add_argument('--device', default=default_device(),
-                        help='cuda, cuda:1, cpu, or mps, which is untested (default: cuda if there is one, else cpu)')
-    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'),
-                        help='default: float16 on CUDA, bfloat16 on a CPU that has it natively, else float32')
-    parser.add_argument('--log', type=Path, metavar='FILE',
-                        help='JSON lines; a log that exists is continued, up to N runs (default: a new one in logs/)')
+    parser = argparse.ArgumentParser(usage='%(prog)s [options]', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--runs', type=int, help='(default: 25 on CUDA, else 1)')
+    parser.add_argument('--seed', type=int, help="run i, from 0, uses SEED + i (default: the log's, or a new one)")
+    parser.add_argument('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10)')
+    parser.add_argument('--device', type=torch.device, default=DEVICE, help='(default: cuda if there is one, else cpu)')
+    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help="(default: see default_dtype)")
+    parser.add_argument('--log', type=Path, help='JSON lines; continued if it exists (default: a new one in logs/)')
+    parser.add_argument('--save', type=Path, help='a folder for the weights of run i, run<i>.pt (default: none)')
+    for key, value in hyp.items():
+        parser.add_argument(f'--{key}', type=ast.literal_eval, default=value, help='(default: %(default)s)')
     args = parser.parse_args()
-
-    try:
-        args.device = torch.device(args.device)
-        if 'LOCAL_RANK' in os.environ and args.device.type == 'cuda':
-            args.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-        torch.empty(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f'--device {args.device} cannot be used here: {str(error).splitlines()[0]}')
-    if args.dtype is None:
-        args.dtype = str(default_dtype(args.device)).removeprefix('torch.')
-    if args.runs is None:
-        args.runs = 25 if args.device.type == 'cuda' else 1
-    if args.runs < 1:
-        parser.error('--runs must be at least 1')
-    if not 0 < args.epochs < math.inf:
-        parser.error('--epochs must be more than 0')
-    if not 0 <= (args.seed or 0) < 2**62:
-        parser.error('--seed must be from 0 to 2**62')
-    if args.device.type == 'cpu' and args.dtype == 'float16':
-        parser.error('--dtype float16 is tens of times slower on a CPU: use bfloat16 or float32')
-    if args.device.type == 'mps' and args.dtype != 'float32':
-        parser.error('--dtype must be float32 on mps')
-    if args.log is None:
-        now = time.strftime('%Y%m%d-%H%M%S', time.gmtime())
-        args.log = Path('logs', f'{SCRIPT}-{now}-{secrets.token_hex(3)}.jsonl')
-    if 'RANK' in os.environ:
-        args.log = args.log.with_suffix(f'.rank{os.environ["RANK"]}{args.log.suffix}')
+    args.h = merge({key: getattr(args, key) for key in hyp})
+    if 'LOCAL_RANK' in os.environ and args.device.type == 'cuda':
+        args.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    torch.empty(1, device=args.device).cpu()
+    if not (args.runs is None or args.runs > 0) or not 0 <= (args.seed or 0) < 2**62:
+        raise ValueError('--runs must be at least 1, and --seed from 0 to 2**62')
+    if args.dtype in dict(cpu=('float16',), mps=('float16', 'bfloat16')).get(args.device.type, ()):
+        raise ValueError(f'--dtype {args.dtype} is missing or far too slow on {args.device}')
     return args
-
-
-def set_up(args):
-    """Reads, checks and warms up all that a run needs; returns the two loaders, the log, its runs and its header."""
-    train_loader, test_loader = (
-        CifarLoader(args.data, train, hyp['batch_size'], hyp['aug'] if train else None, altflip=hyp['altflip'],
-                    device=args.device) for train in (True, False))
-    header = dict(
-        type='header', script=SCRIPT, hyperparameters=json.loads(json.dumps(dict(hyp, epochs=args.epochs))),
-        dtype=args.dtype, seed=args.seed, data=dict(train=sha256(train_loader), test=sha256(test_loader)),
-        synthetic=args.data == 'synthetic', torch=torch.__version__, device=device_name(args.device),
-        threads=torch.get_num_threads(), time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-        arguments={name: str(value) for name, value in vars(args).items()}, source=Path(__file__).read_text())
-    warmup(device=args.device, dtype=getattr(torch, args.dtype), test_size=len(test_loader.images))
-    return train_loader, test_loader, *open_log(args.log, header), header
-
-
-def run_once(i, args, seed, train_loader, test_loader, verbose):
-    """Trains once; returns the run's line for the log."""
-    rows, diverged = [], False
-    try:
-        train(train_loader, epochs=args.epochs, dtype=getattr(torch, args.dtype), seed=seed, verbose=verbose,
-              test_loader=test_loader, history=rows, run=i)
-    except FloatingPointError as error:
-        print(f'run {i}: {error}', file=sys.stderr)
-        diverged = True
-    columns = {column: [row[column] if math.isfinite(row[column]) else None for row in rows if column in row]
-               for column in ('train_loss', 'train_acc', 'val_acc', 'time_seconds')}  # JSON has no NaN
-    return dict(type='run', run=i, seed=seed, diverged=diverged, **columns,
-                tta_val_acc=rows[-1].get('tta_val_acc'), seconds=rows[-1]['time_seconds'],
-                pflops=count_pflops(rows[-1]['steps'], hyp['batch_size'], len(test_loader.images), hyp['tta_level']))
 
 
 def main():
     """The command line; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    args = parse_arguments()
-    set_up_process(args.device)
+        signal.signal(number, lambda *_: sys.exit(130))
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun gives each of its processes one thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
     try:
-        train_loader, test_loader, log, runs, header = set_up(args)
-    except (OSError, ValueError) as error:
-        print(f'{SCRIPT}: error: {error}', file=sys.stderr)
+        args = parse_arguments()
+        h, path = args.h, args.log or Path('logs', f'{SCRIPT}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}.jsonl')
+        path = path.with_suffix(f'.rank{rank}{path.suffix}') if 'RANK' in os.environ else path
+        loaders = [CifarLoader(args.data, train, h['batch_size'], h['aug'] if train else None, device=args.device)
+                   for train in (True, False)]
+        header = dict(
+            type='header', script=SCRIPT, hyperparameters=json.loads(json.dumps(h)), dtype=args.dtype, seed=args.seed,
+            data=dict(train=loaders[0].sha256, test=loaders[1].sha256), synthetic=loaders[0].path == 'synthetic',
+            torch=torch.__version__, device=device_name(args.device), threads=torch.get_num_threads(),
+            time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), source=Path(__file__).read_text())
+        runs, is_new = continue_log(path, header, args.device)
+        dtype, seed = getattr(torch, header['dtype']), header['seed']
+        warmup(*loaders, dtype=dtype, **h)
+        if args.save:
+            args.save.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            append_to_log(path, header)
+    except (AssertionError, OSError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
+        print(f'{SCRIPT}: error: {str(error).splitlines()[0]}', file=sys.stderr)
         return 2
 
-    code, done = 0, {run['run'] for run in runs}
+    numbers = range(rank, args.runs or (25 if args.device.type == 'cuda' else 1), world_size)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `python airbench94.py | head -1`: the log has what ended
     try:
-        try:
+        for i in sorted(set(numbers) - {run['run'] for run in runs}):
             if rank == 0:
-                print(f'{SCRIPT}: {args.dtype} on {header["device"]}, seed {header["seed"]}, log {args.log}')
-                print_head(args.data)
-            for i in range(rank, args.runs, world_size):
-                if i in done:
-                    continue
-                runs.append(run_once(i, args, header['seed'] + i, train_loader, test_loader, verbose=rank == 0))
-                try:
-                    append_to_log(log, runs[-1])
-                except OSError as error:
-                    print(f'run {i}, {runs[-1]["tta_val_acc"]}, was not saved in {args.log}: {error}', file=sys.stderr)
-                    code = 1
-            if runs and all(run['diverged'] for run in runs):
-                code = 1
-        except SystemExit as stop:  # Ctrl-C or SIGTERM
-            code = stop.code
+                print(f'{SCRIPT}: run {i}, seed {seed + i}, {loaders[0].path} data, {header["dtype"]} on '
+                      f'{header["device"]}, log {path}', flush=True)
+            rows, net = [], None
+            try:
+                net = train(loaders[0], seed=seed + i, dtype=dtype, verbose=rank == 0, test_loader=loaders[1],
+                            history=rows, **h)
+            except FloatingPointError as error:
+                print(f'run {i}: {error}', file=sys.stderr)
+            columns = {key: [row[key] if math.isfinite(row[key]) else None for row in rows if key in row]
+                       for key in ('train_loss', 'train_acc', 'val_acc', 'time_seconds')}  # JSON has no NaN
+            pflops = count_pflops(h, rows[-1]['steps'], len(loaders[1].images), len(loaders[0].classes))
+            runs.append(dict(type='run', run=i, seed=seed + i, diverged=net is None, **columns, pflops=pflops,
+                             tta_val_acc=rows[-1].get('tta_val_acc'), seconds=rows[-1]['time_seconds']))
+            try:
+                append_to_log(path, runs[-1])
+                if args.save and net:
+                    save(dict(script=SCRIPT, state_dict=net.state_dict(), hyperparameters=h, dtype=header['dtype'],
+                              classes=loaders[0].classes), args.save / f'run{i}.pt')
+            except (OSError, RuntimeError) as error:
+                print(f'run {i}, {runs[-1]["tta_val_acc"]}, was not saved; the series ends: {error}', file=sys.stderr)
+                return 1
+    finally:
         if rank == 0:
-            print_summary(runs, header, args.log)
-    except BrokenPipeError:  # as in `python airbench94.py | head -1`: nobody is left to read the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    return code
+            print_summary(runs, header, path)
+    return int(bool(runs) and all(run['diverged'] for run in runs))
 
 
 if __name__ == '__main__':

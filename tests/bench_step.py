@@ -82,11 +82,10 @@ def pieces(module, device, dtype):
 
     def new_net(dtype):
         if hasattr(module, 'compiled_net'):
-            net = module.compiled_net(hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor'], device, dtype)
+            net = module.compiled_net(hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor'], 10, device, dtype)
         else:
-            net = module.make_net(device=device, dtype=dtype)
-        optimizer = module.make_optimizer(net, hyp['lr'], hyp['momentum'], hyp['weight_decay'], hyp['bias_scaler'],
-                                          hyp['batch_size'])
+            net = module.Net(device=device, dtype=dtype)
+        optimizer = module.make_optimizer(net, hyp)
         for group in optimizer.param_groups:
             group['lr'] = 0.0  # the same work, and the weights stay what they are
         net.whiten.bias.requires_grad_(False)  # as in all epochs but the first three
@@ -94,14 +93,15 @@ def pieces(module, device, dtype):
         return net, optimizer
 
     loader = module.CifarLoader('synthetic', True, hyp['batch_size'], hyp['aug'], altflip=hyp['altflip'], device=device)
-    loader.images = loader.images.to(module.make_net(device=device, dtype=dtype).whiten.weight.dtype)
-    module.warmup(device=device, dtype=dtype)
+    test = SimpleNamespace(images=loader.images[:2000], labels=loader.labels[:2000], normalize=loader.normalize)
+    module.warmup(loader, test, dtype=dtype)
+    loader.images = loader.images.to(module.Net(device=device, dtype=dtype).whiten.weight.dtype)
+    test.images = loader.images[:2000]
     net, optimizer = new_net(dtype)
     net32, optimizer32 = new_net(torch.float32)
     inputs, labels = next(iter(loader))
-    state = module.lookahead_state(net)
+    state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
     average = [tensor.clone() for tensor in state]
-    test = SimpleNamespace(images=loader.images[:module.EVAL_BATCH_SIZE], normalize=loader.normalize)
     batches = iter(())
 
     def next_batch():
@@ -165,7 +165,6 @@ def main():
             parser.error(f'there is no {file}')
     module, device = load(args.script.resolve()), torch.device(args.device)
     dtype = module.default_dtype(device)
-    module.set_up_process(device)
 
     functions = pieces(module, device, dtype)
     if args.against:
@@ -173,7 +172,7 @@ def main():
         others = {f'{name} of the other': function for name, function in pieces(other, device, dtype).items()}
         functions = {name: function for name, function in (functions | others).items()
                      if name.split(' of ')[0] in ('step', 'evaluation')}
-    pflops = module.count_pflops(1, module.hyp['batch_size'], 0, 0)
+    pflops = module.count_pflops(module.hyp, 1, 0)
     rounds = []
     for i in range(args.rounds + 2):  # the first two warm up
         # The evaluation takes several times as long as all the rest, and takes part in every third round.

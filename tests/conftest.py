@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+CUDA_ENVIRONMENT = dict(os.environ)  # for processes that may use a GPU
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the tests are of the CPU, also where there is a GPU
 
 import pytest  # noqa: E402

@@ -1,5 +1,6 @@
 """airbench94_compiled.py: the recipe of airbench94.py to the letter, compiled once for all runs."""
 
+import platform
 import shutil
 import sys
 
@@ -17,12 +18,18 @@ pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ com
 
 
 @pytest.fixture(scope='module', autouse=True)
-def warm():
-    warmup(batch_size=100, device='cpu', test_size=96, **SMALL)
+def warm(tiny):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, 'libc_ver', lambda: ('', ''))  # lest it change how the tests' process allocates
+        warmup(loader(tiny), held_out(tiny), **SMALL)
 
 
 def loader(tiny):
     return airbench94_compiled.CifarLoader(tiny, True, 100, dict(flip=True, translate=2), device='cpu')
+
+
+def held_out(tiny):
+    return airbench94_compiled.CifarLoader(tiny, False, device='cpu')
 
 
 def test_nothing_is_compiled_after_the_warm_up(tiny):
@@ -36,17 +43,18 @@ def test_nothing_is_compiled_after_the_warm_up(tiny):
 
 def test_nothing_either_where_the_training_is_compiled_too(tiny, monkeypatch):
     """What CUDA does, as far as a CPU can: all calls go through torch.compile, though on to no compiler."""
-    real_compile, real_net, small = torch.compile, airbench94_compiled.make_net, dict(SMALL, widths=(4, 4, 4))
+    real_compile, real_net, small = torch.compile, airbench94_compiled.Net, dict(SMALL, widths=(4, 4, 4))
 
-    def make_net(*args, **options):
+    def compiled(*args, **options):
         net = real_net(*args, **options)
         net.forward = real_compile(net.forward, backend='eager', dynamic=False)
         return net
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'compile', lambda function, **options: function)
-        patch.setattr(airbench94_compiled, 'make_net', make_net)
+        patch.setattr(airbench94_compiled, 'Net', compiled)
+        patch.setattr(platform, 'libc_ver', lambda: ('', ''))
         start = counters['stats']['unique_graphs']
-        warmup(batch_size=100, device='cpu', test_size=96, **small)
+        warmup(loader(tiny), held_out(tiny), **small)
     before = counters['stats']['unique_graphs']
     assert before >= start + 3  # the bias trained, the bias frozen, evaluation
     train(loader(tiny), epochs=2, whiten_bias_epochs=1, verbose=False, history=[], **small)
@@ -75,7 +83,7 @@ def test_same_losses_as_uncompiled(tiny):
 
 def test_the_compiled_network_computes_what_the_returned_one_does(tiny):
     net = train(loader(tiny), epochs=1, seed=1, verbose=False, history=[], **SMALL)
-    twin = compiled_net(SMALL['widths'], 0.4, 1 / 9, torch.device('cpu'), torch.float32).eval()
+    twin = compiled_net(SMALL['widths'], 0.4, 1 / 9, 10, torch.device('cpu'), torch.float32).eval()
     images = torch.randn(96, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(twin(images), net(images))
@@ -92,8 +100,25 @@ def test_nothing_learned_crosses_over(tiny):
     assert not first.training and type(first.forward).__name__ == 'method'  # not the compiled one
 
 
+def test_one_compiled_network_however_the_device_is_named(tiny, monkeypatch):
+    """As cuda and cuda:0, or cpu and cpu:0, which are unequal too."""
+    devices, nets = [], set()
+
+    def recorded(widths, bn_momentum, scaling_factor, num_classes, device, dtype):
+        net = compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype)
+        devices.append(device)
+        nets.add(net)
+        return net
+    monkeypatch.setattr(airbench94_compiled, 'compiled_net', recorded)
+    assert torch.device('cpu:0') != torch.device('cpu')
+    for device in (None, 'cpu', 'cpu:0', torch.device('cpu'), torch.device('cpu:0')):
+        train(loader(tiny), epochs=1 / 11, device=device, verbose=False, **SMALL)
+    train(loader(tiny), epochs=1 / 11, verbose=False, **dict(SMALL, widths=[8, 8, 8]))
+    assert devices == 6 * [torch.device('cpu')] and len(nets) == 1
+
+
 def test_no_compiler(tiny, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(airbench94_compiled, 'set_up_process', lambda device: None)
+    monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
     monkeypatch.setattr(airbench94_compiled.signal, 'signal', lambda number, handler: None)
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     monkeypatch.setattr(sys, 'argv', ['airbench94_compiled', '--data', str(tiny), '--log', str(tmp_path / 'log.jsonl')])

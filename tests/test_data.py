@@ -1,10 +1,16 @@
 """The loader: what it normalises, flips, crops and shuffles, and what it refuses."""
 
+import copy
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from airbench94 import CIFAR_MEAN, CIFAR_STD, CifarLoader, batch_crop, infer, load_split
+import airbench94
+from airbench94 import CIFAR_MEAN, CIFAR_STD, CifarLoader, batch_crop, infer, load_split, train
+
+SMALL = dict(widths=(8, 8, 8), dtype=torch.float32, verbose=False)
 
 
 def plain_loader(tiny, **options):
@@ -21,6 +27,8 @@ def test_loader_holds_what_the_file_holds(tiny):
     assert loader.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(loader.images[5, 2], data['images'][5, :, :, 2] / 255)
     assert torch.equal(loader.labels, data['labels']) and loader.classes == data['classes']
+    assert loader.sha256 == {key: hashlib.sha256(data[key].numpy().tobytes()).hexdigest()
+                             for key in ('images', 'labels')}
 
 
 def test_normalize_is_by_channel(tiny):
@@ -112,8 +120,9 @@ def test_augmentation_can_be_turned_on_later(tiny):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(aug=dict(flip=True, rotate=3)), 'rotate'),
-    (dict(batch_size=1101), '1101'),
+    (dict(aug=dict(flip=True, rotate=3)), 'rotate.*airbench.CifarLoader'),
+    (dict(aug=dict(cutout=12)), 'cutout.*airbench.CifarLoader'),
+    (dict(batch_size=1101), 'batch of 1101 from 1100 images'),
     (dict(batch_size=0), 'batch of 0'),
 ])
 def test_what_makes_no_sense_is_refused(tiny, options, message):
@@ -124,8 +133,76 @@ def test_what_makes_no_sense_is_refused(tiny, options, message):
 def test_lengths_that_disagree_are_refused_when_iteration_starts(tiny):
     loader = CifarLoader(tiny, train=True, batch_size=100)
     loader.labels = loader.labels[:-1]
-    with pytest.raises(ValueError, match='1100 images but 1099 labels'):
+    with pytest.raises(ValueError, match='1100 images, 1099 labels'):
         next(iter(loader))
+
+
+def test_images_that_are_not_floating_point_are_refused(tiny):
+    loader = CifarLoader(tiny, train=True, batch_size=100)
+    loader.images = loader.images.mul(255).byte()
+    for use in (lambda: next(iter(loader)), lambda: train(loader, **SMALL)):
+        with pytest.raises(ValueError, match=r'floating point in \[0, 1\].*not torch.uint8'):
+            use()
+
+
+def test_labels_without_a_class_are_refused_before_training(tiny, monkeypatch):
+    monkeypatch.setattr(airbench94, 'Net', None)
+    for label in (-1, 10):
+        loader = CifarLoader(tiny, train=True, batch_size=100)
+        loader.labels = loader.labels.clone()
+        loader.labels[7] = label
+        with pytest.raises(ValueError, match='labels must be 0 to 9'):
+            train(loader, **SMALL)
+
+
+def test_a_hundred_classes(tmp_path):
+    data = dict(images=torch.randint(256, (200, 32, 32, 3), dtype=torch.uint8), labels=torch.arange(200) % 100,
+                classes=[f'class {i}' for i in range(100)])
+    for name in ('train.pt', 'test.pt'):
+        torch.save(data, tmp_path / name)
+    assert load_split(tmp_path, train=True)['classes'] == data['classes']
+    loader = CifarLoader(tmp_path, train=True, batch_size=100, device='cpu')
+    history = []
+    net = train(loader, epochs=1, history=history, **SMALL)
+    assert infer(net, loader).shape == (200, 100) and 0 <= history[-1]['tta_val_acc'] <= 1
+
+
+@pytest.fixture
+def iterated(monkeypatch):
+    """The loaders that train iterates over, as they were at the first batch."""
+    seen, real_iter = [], CifarLoader.__iter__
+
+    def remember(loader):
+        seen.append(copy.copy(loader))
+        return real_iter(loader)
+    monkeypatch.setattr(CifarLoader, '__iter__', remember)
+    return seen
+
+
+def test_overrides_are_applied_to_trains_copy_of_the_loader(tiny, iterated):
+    loader = plain_loader(tiny, aug=dict(flip=True), altflip=True)
+    before, history = copy.copy(vars(loader)), []
+    train(loader, epochs=1, test_loader=CifarLoader(tiny, train=False), batch_size=250, aug=dict(translate=1),
+          altflip=False, history=history, **SMALL)
+    assert (iterated[0].batch_size, iterated[0].aug, iterated[0].altflip) == (250, dict(translate=1), False)
+    assert history[-1]['steps'] == 4
+    assert vars(loader).keys() == before.keys() and all(vars(loader)[key] is before[key] for key in before)
+    train(loader, epochs=0.1, **SMALL)
+    assert (iterated[1].batch_size, iterated[1].aug, iterated[1].altflip) == (100, dict(flip=True), True)
+
+
+def test_changes_of_hyp_change_train(tiny, iterated, monkeypatch):
+    monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
+    for key, value in dict(epochs=2, batch_size=500, aug=dict(flip=True), widths=(8, 8, 16), lr=1.0).items():
+        monkeypatch.setitem(airbench94.hyp, key, value)
+    rates, real_optimizer = [], airbench94.make_optimizer
+    monkeypatch.setattr(airbench94, 'make_optimizer', lambda net, h: rates.append(h['lr']) or real_optimizer(net, h))
+    history = []
+    net = train(dtype=torch.float32, device='cpu', verbose=False, history=history)
+    assert history[-1]['steps'] == 4 and net.linear.in_features == 16 and rates == [1.0]
+    assert (iterated[0].batch_size, iterated[0].aug) == (500, dict(flip=True))
+    train(lr=2.0, epochs=0.5, dtype=torch.float32, device='cpu', verbose=False)
+    assert rates == [1.0, 2.0]
 
 
 def test_infer_keeps_the_order_of_the_images(tiny):
@@ -137,7 +214,15 @@ def test_infer_keeps_the_order_of_the_images(tiny):
 
 
 def test_synthetic_split_is_cifar_shaped_and_fixed():
-    test = load_split('synthetic', train=False)
-    assert test['images'].shape == (10_000, 32, 32, 3) and test['images'].dtype == torch.uint8
-    assert test['labels'].bincount(minlength=10).min() > 850 and len(test['classes']) == 10
-    assert torch.equal(load_split('synthetic', train=False)['images'], test['images'])
+    splits = {train: load_split('synthetic', train) for train in (True, False)}
+    for half, n in ((True, 5000), (False, 1000)):
+        data = splits[half]
+        assert data['images'].shape == (n, 32, 32, 3) and data['images'].dtype == torch.uint8
+        assert data['labels'].dtype == torch.int64 and len(data['classes']) == 10
+        assert data['labels'].bincount(minlength=10).min() > 0.06 * n
+        assert torch.equal(load_split('synthetic', half)['images'], data['images'])
+        assert data['images'].float().std() > 10
+        brightness = data['images'].float().mean((1, 2, 3))
+        means = torch.stack([brightness[data['labels'] == i].mean() for i in range(10)])
+        assert (means.diff() > 10).all()
+    assert not torch.equal(splits[True]['images'][:1000], splits[False]['images'])

@@ -44,7 +44,7 @@ def test_the_ablations_program(tiny, tmp_path, monkeypatch):
     program = re.search(r"^AIRBENCH_DATA=\S+ python - <<'END'\n(.*?)^END$", ABLATIONS, re.DOTALL | re.MULTILINE)[1]
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(airbench94.train.__kwdefaults__, 'batch_size', 100)
+    monkeypatch.setitem(airbench94.hyp, 'batch_size', 100)
     program = program.replace('(32, 128, 128)', '(8, 8, 8)').replace('epochs=3', 'epochs=1')
     exec(compile(program, 'ablations.md', 'exec'), {})
     compared = re.findall(r'^python results/summarize.py (\S+) --against (\S+)$', ABLATIONS, re.MULTILINE)

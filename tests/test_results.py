@@ -1,4 +1,4 @@
-"""The README's table, recomputed from the logs in results/."""
+"""The README's figures, recomputed from the logs in results/."""
 
 import importlib
 import json
@@ -42,7 +42,7 @@ def test_the_row_follows_from_the_log(log):
     check_row(table()[log.stem], header, runs, importlib.import_module(log.stem).hyp)
 
 
-@pytest.mark.parametrize('key, value', [('tta_val_acc', 0.95), ('pflops', 0.37), ('seconds', 1.0), ('diverged', True)])
+@pytest.mark.parametrize('key, value', [('tta_val_acc', 0.95), ('pflops', 0.37), ('diverged', True)])
 def test_a_wrong_row_is_found(key, value):
     header, runs = summarize.read_logs([LOGS[0]])
     runs[0][key] = value
@@ -52,16 +52,42 @@ def test_a_wrong_row_is_found(key, value):
         check_row(table()[LOGS[0].stem], header, runs[1:], importlib.import_module(LOGS[0].stem).hyp)
 
 
+def test_the_sentence_at_the_top_follows_from_the_log():
+    text = ' '.join((ROOT / 'README.md').read_text().split('## Use')[0].split())
+    runs = summarize.read_logs([ROOT / 'results' / 'airbench94.jsonl'])[1]
+    summary = summarize.summarize(runs)
+    assert (f'reaches {100 * summary["mean"]:.2f}% in the mean of {len(runs)} runs, the fastest of which took '
+            f'{summary["fastest"]["seconds"] / 60:.0f} minutes on two cores of an Intel Xeon with AMX') in text
+    assert processor('airbench94', summary['fastest']).startswith('Intel Xeon, AMX')
+
+
+def processor(script, run):
+    """The processor of a run by results/README.md, as in 'AMD EPYC, Zen 4, AVX512-BF16'."""
+    text = (ROOT / 'results' / 'README.md').read_text()
+    letter, *exceptions = re.search(rf'^\| `{script}.jsonl` \|[^|]*\| (.*?) \|', text, re.MULTILINE)[1].split(', run ')
+    letter = dict(exception.split() for exception in exceptions).get(str(run['run']), letter)
+    return re.search(rf'^- {letter}: (.*?):', text, re.MULTILINE)[1]
+
+
 def test_the_times_on_each_processor_are_logged_ones():
-    lines = re.search(r'^\| two cores of (?:.*\n\|)*.*', (ROOT / 'README.md').read_text(), re.MULTILINE)[0].splitlines()
-    (_, *scripts), _, *rows = ([cell.strip(' `') for cell in line.strip('|').split('|')] for line in lines)
-    for processor, *cells in rows:
-        name = processor.split(',')[0].split()[-1]  # as in an AMD EPYC, Zen 4
+    """Of the processor's own runs: the log names it too, and its instruction set if it is not one of the oldest."""
+    lines = re.search(r'^\| processor \|(?:.*\n\|)*.*', (ROOT / 'README.md').read_text(), re.MULTILINE)[0].splitlines()
+    (*_, one, two, three, four), _, *rows = ([cell.strip(' `') for cell in line.strip('|').split('|')]
+                                             for line in lines)
+    scripts = [name.removesuffix('.py') for name in (one, two, three, four)]
+    assert scripts == list(table()) and all(any(column) for column in zip(*rows, strict=True))
+    logs = {script: summarize.read_logs([ROOT / 'results' / f'{script}.jsonl']) for script in scripts}
+    *rows, (name, _, dtype, *cells) = rows
+    assert (name, dtype, cells) == ('NVIDIA A100', 'float16', [summarize.PUBLISHED[script][2] for script in scripts])
+    for name, instructions, dtype, *cells in rows:
         for script, cell in zip(scripts, cells, strict=True):
-            runs = summarize.read_logs([ROOT / 'results' / script.replace('.py', '.jsonl')])[1]
-            assert cell in ['', *(f'{run["seconds"]:.0f} s, {1000 * run["pflops"] / run["seconds"]:.2f}'
-                                  for run in runs if name in run['device'])]
-    assert scripts == [f'{script}.py' for script in table()] and all(any(column) for column in zip(*rows, strict=True))
+            header, runs = logs[script]
+            runs = [run for run in runs if processor(script, run).startswith(f'{name}, {instructions}')]
+            assert cell in ['', *map(summarize.readme_time, runs)] and bool(cell) == bool(runs)
+            assert not runs or header['dtype'] == dtype
+            for run in runs:
+                assert all(word in run['device'] for word in name.split(',')[0].split())
+                assert '(' not in run['device'].replace('(R)', '') or run['device'].endswith(f'({instructions})')
 
 
 def test_the_figures_are_drawn_from_the_logs():
