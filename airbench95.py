@@ -276,7 +276,9 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
     if not 0 <= loader.labels.min() <= loader.labels.max() < len(loader.classes):
         raise ValueError(f'labels must be 0 to {len(loader.classes) - 1}, as there are {len(loader.classes)} classes')
     device = torch.empty(0, device=device or loader.images.device).device  # with its index, as cuda:0
-    if test_loader is None and (verbose or history is not None):
+    if not verbose and history is None:
+        test_loader = None
+    elif test_loader is None:
         test_loader = CifarLoader(loader.path, train=False, device=device)
     if seed is not None:
         torch.manual_seed(seed)

@@ -19,7 +19,7 @@ OWN = {
     'airbench94_compiled': {'docstring', 'import shutil', 'compiled_net', 'train', 'warmup'},
 }
 MOST_LINES = {'airbench95': 20, 'airbench96': 55, 'airbench94_compiled': 60}  # of the diff
-MOST = {'airbench94': 612, 'airbench95': 613, 'airbench96': 629, 'airbench94_compiled': 641}
+MOST = {'airbench94': 614, 'airbench95': 615, 'airbench96': 631, 'airbench94_compiled': 643}
 SCRIPTS = ('airbench94', *OWN)
 
 

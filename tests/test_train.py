@@ -93,9 +93,12 @@ def test_without_a_terminal_a_long_run_is_announced_once(monkeypatch, tiny, caps
     assert err == 'about 3 minutes a run\n' and 'minutes' not in out
 
 
-def test_without_a_table_nothing_is_printed_or_evaluated(tiny, capsys, tmp_path):
+def test_without_a_table_nothing_is_printed_or_evaluated(tiny, capsys, tmp_path, monkeypatch):
     (tmp_path / 'train.pt').write_bytes((tiny / 'train.pt').read_bytes())  # and no test.pt
-    train(CifarLoader(tmp_path, train=True, batch_size=500), epochs=0.5, verbose=False, **SMALL)
+    monkeypatch.setattr(airbench94, 'evaluate', None)
+    for test_loader in (None, CifarLoader(tiny, train=False)):
+        train(CifarLoader(tmp_path, train=True, batch_size=500), epochs=0.5, verbose=False, test_loader=test_loader,
+              **SMALL)
     assert capsys.readouterr() == ('', '')
 
 
