@@ -24,10 +24,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 base = dict(
-    budget=0.13, batch_size=2000, muon_lr=0.24, muon_momentum=0.6, ns_steps=3, renorm=1, sgd_momentum=0.85,
+    budget=0.13, muon_lr=0.24, muon_momentum=0.6, ns_steps=3, renorm=1, sgd_momentum=0.85,
     bias_lr=0.053, head_lr=0.67, weight_decay=2e-6, label_smoothing=0.2, whiten_bias_epochs=3.0, whiten_images=5000,
     bn_momentum=0.4, act='gelu', widths=[64, 256, 256], pool_first=[0, 0, 0], translate=2, brightness=0.0, contrast=0.0,
-    stages=[[1.0, 32, 'none']],  # share of the steps, pixels, how: none, area (resized) or crop
+    stages=[[1.0, 32, 'none', 2000]],  # share of the steps, pixels, how (none, area: resized, crop), batch size
+    extra=0,  # convolutions more in block 3, with a residual
     tta_share=0.25)
 
 data = {}
@@ -60,10 +61,15 @@ class Block(nn.Module):
         self.conv1, self.norm1 = conv3(cin, cout), norm(cout, h.bn_momentum)
         self.conv2, self.norm2 = conv3(cout, cout), norm(cout, h.bn_momentum)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
+        if h.extra and i == 2:
+            self.conv3, self.norm3 = conv3(cout, cout), norm(cout, h.bn_momentum)
 
     def forward(self, x):
         x = self.conv1(F.max_pool2d(x, 2)) if self.pool_first else F.max_pool2d(self.conv1(x), 2)
-        return self.act(self.norm2(self.conv2(self.act(self.norm1(x)))))
+        x = self.act(self.norm1(x))
+        if hasattr(self, 'conv3'):
+            return self.act(self.norm3(self.conv3(self.act(self.norm2(self.conv2(x))))) + x)
+        return self.act(self.norm2(self.conv2(x)))
 
 
 class Net(nn.Module):
@@ -157,9 +163,9 @@ def acc(logits, labels):
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-def batches(h, epoch, flip_mask, order, size, how):
+def batches(h, epoch, flip_mask, order, size, how, batch_size):
     images, labels = data['train']
-    for idx in order.split(h.batch_size)[:len(order) // h.batch_size]:
+    for idx in order.split(batch_size)[:len(order) // batch_size]:
         x = images[idx]
         x = torch.where((flip_mask[idx] ^ (epoch % 2 == 1)).view(-1, 1, 1, 1), x.flip(-1), x)
         if how == 'crop':
@@ -178,27 +184,27 @@ def batches(h, epoch, flip_mask, order, size, how):
 
 def stage_of(h, frac):
     total = 0
-    for share, size, how in h.stages:
+    for share, *stage in h.stages:
         total += share
         if frac < total:
-            return size, how
+            return stage
     return h.stages[-1][1:]
 
 
 def run(changes, seed):
     h = SimpleNamespace(**base | changes)
     torch.manual_seed(seed)
-    per_epoch = 50000 // h.batch_size
-    flops = {size: forward_flops(h, size) for size in {size for _, size, _ in h.stages} | {32}}
+    h.stages = [[*stage, 2000][:4] for stage in h.stages]  # the first runs' stages had no batch size
+    flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages} | {32}}
     muon = flops[32][1]
     tta = (2 + 16 * h.tta_share) * 10000 * flops[32][0]
-    per_step = sum(share * 3 * h.batch_size * flops[size][0] for share, size, _ in h.stages) + muon
+    per_step = sum(share * 3 * batch_size * flops[size][0] for share, size, _, batch_size in h.stages) + muon
     steps = round((h.budget * 1e15 - tta) / per_step)
 
     net = Net(h).train()
     filters = [p for p in net.parameters() if p.ndim == 4 and p.requires_grad]
     biases = [p for name, p in net.named_parameters() if 'norm' in name and p.requires_grad]
-    decay, peaks = h.weight_decay * h.batch_size, [h.bias_lr, h.bias_lr, h.head_lr]
+    decay, peaks = h.weight_decay * 2000, [h.bias_lr, h.bias_lr, h.head_lr]
     sgd = torch.optim.SGD([dict(params=params, lr=lr, weight_decay=decay / lr) for params, lr
                            in zip(([net.whiten.bias], biases, [net.linear.weight]), peaks, strict=True)],
                           momentum=h.sgd_momentum, nesterov=True, fused=True)
@@ -206,17 +212,17 @@ def run(changes, seed):
     start = time.perf_counter()
     init_whitening(net, data['train'][0][:h.whiten_images])
     flip_mask = torch.rand(50000) < 0.5
-    step, epoch, spent, losses = 0, 0, 0.0, []
+    step, epoch, seen, spent, losses = 0, 0, 0, 0.0, []
     while step < steps:
-        size, how = stage_of(h, step / steps)
-        for x, y in batches(h, epoch, flip_mask, torch.randperm(50000), size, how):
-            if step >= steps or stage_of(h, step / steps) != (size, how):
+        size, how, batch_size = stage_of(h, step / steps)
+        for x, y in batches(h, epoch, flip_mask, torch.randperm(50000), size, how, batch_size):
+            if step >= steps or stage_of(h, step / steps) != [size, how, batch_size]:
                 break
-            factor, whiten_steps = 1 - step / steps, h.whiten_bias_epochs * per_epoch
+            factor, whitened = 1 - step / steps, seen / (h.whiten_bias_epochs * 50000)
             for group, peak in zip(sgd.param_groups, peaks, strict=True):
                 group['lr'] = peak * factor
-            sgd.param_groups[0]['lr'] = h.bias_lr * max(0, 1 - step / whiten_steps)
-            net.whiten.bias.requires_grad_(step < whiten_steps)
+            sgd.param_groups[0]['lr'] = h.bias_lr * max(0, 1 - whitened)
+            net.whiten.bias.requires_grad_(whitened < 1)
             loss = F.cross_entropy(net(x), y, label_smoothing=h.label_smoothing, reduction='sum')
             sgd.zero_grad()
             for p in filters:
@@ -232,11 +238,12 @@ def run(changes, seed):
                     update = orthogonalize(grad.flatten(1), h.ns_steps)
                     p.add_(update.view_as(p).to(p.dtype), alpha=-h.muon_lr * factor)
             losses.append(loss.item() / len(y))
-            spent += 3 * h.batch_size * flops[size][0] + muon
+            spent += 3 * batch_size * flops[size][0] + muon
+            seen += len(y)
             step += 1
         epoch += 1
     seconds = time.perf_counter() - start
-    return dict(changes=changes, seed=seed, steps=steps, epochs=steps / per_epoch, pflops=(spent + tta) / 1e15,
+    return dict(changes=changes, seed=seed, steps=steps, epochs=seen / 50000, pflops=(spent + tta) / 1e15,
                 train_loss=sum(losses[-10:]) / 10, train_seconds=seconds, **evaluate(net, h))
 
 
