@@ -1,5 +1,4 @@
-"""
-airbench94_compiled: trains a network to 94% test accuracy on CIFAR-10, for 0.36 PFLOPs a run.
+"""airbench94_compiled: trains a network to 94% test accuracy on CIFAR-10, for 0.36 PFLOPs a run.
 
 This is the recipe of airbench94.py to the letter, its network compiled by torch.compile, once for all runs: the
 results have the same distribution, and come sooner on a GPU (the paper, section 3.7). On a CPU, where only evaluation
@@ -34,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SCRIPT = Path(__file__).stem
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # ---------------------------------------- Hyperparameters -----------------------------------------
@@ -72,10 +70,9 @@ def batch_crop(padded, crop_size):
 
 
 class CifarLoader:
-    """
-    CIFAR-10 on one device, in batches of normalised and augmented (N, 3, 32, 32) inputs and (N,) labels. path: a folder
-    (None: $AIRBENCH_DATA, else cifar10) or 'synthetic'. aug: flip=True mirrors, translate=r moves by up to r pixels.
-    drop_last, shuffle: None is the value of train. altflip: mirror in every other epoch, not at random (section 3.6).
+    """CIFAR-10 on one device, in batches of normalised and augmented (N, 3, 32, 32) inputs and (N,) labels.
+    path: a folder (None: $AIRBENCH_DATA, else cifar10) or 'synthetic'. drop_last, shuffle: None is the value of train.
+    altflip: mirror in every other epoch (3.6). aug: flip=True mirrors, translate=r moves by up to r pixels.
     Attributes may be assigned to: images, float (N, 3, 32, 32) in [0, 1]; labels, int64 (N,).
     """
 
@@ -94,8 +91,7 @@ class CifarLoader:
         self.check()
 
     def check(self):
-        known = {'flip', 'translate'}
-        if self.aug.keys() - known or not all(0 <= value < self.images.size(-1) for value in self.aug.values()):
+        if self.aug.keys() - {'flip', 'translate'} or not all(0 <= value < 32 for value in self.aug.values()):
             raise ValueError(f'aug cannot be {self.aug} here; airbench.CifarLoader knows flip, translate and cutout')
         if not self.images.is_floating_point():
             raise ValueError(f'images must be floating point in [0, 1], as by .float() / 255, not {self.images.dtype}')
@@ -130,7 +126,6 @@ class CifarLoader:
 
 # --------------------------------------------- Network --------------------------------------------
 
-
 def conv3x3(channels_in, channels_out):
     """The first channels_in filters begin as the identity (the paper, section 3.3)."""
     conv = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
@@ -152,8 +147,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """
-    Normalised (N, 3, 32, 32) images -> float32 (N, num_classes) logits. float16: all but the BatchNorms, which are
+    """Normalised (N, 3, 32, 32) images -> float32 (N, num_classes) logits. float16: all but the BatchNorms, which are
     float32. bfloat16: autocast over float32 weights. init_whitening has yet to initialise the first layer.
     """
 
@@ -184,18 +178,15 @@ class Net(nn.Module):
 def init_whitening(net, images, eps=5e-4):
     """The eigenvectors of the images' 2x2 patches' second moment, scaled by its roots, and their negatives (3.2)."""
     patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-    # On the CPU: a 12x12 problem is not worth the loading of CUDA's solver, and older MPS has none.
-    eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())
+    eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())  # no GPU solver loads
     filters = (eigenvectors / torch.sqrt(eigenvalues + eps)).T.reshape(12, 3, 2, 2)
     net.whiten.weight.copy_(torch.cat((filters, -filters)))
 
 
 # ------------------------------------------ Optimisation ------------------------------------------
 
-
 def make_optimizer(net, h):
-    """
-    Nesterov SGD for the sum of a batch's losses. lr and weight_decay are per 1,024 images and divided by the factor
+    """Nesterov SGD for the sum of a batch's losses. lr and weight_decay are per 1,024 images and divided by the factor
     1 + 1 / (1 - momentum) by which momentum lengthens a constant gradient's steps, so that each can be tuned alone;
     PyTorch multiplies a group's decay by its lr (the paper's listing).
     """
@@ -232,7 +223,6 @@ def train_step(net, optimizer, inputs, labels, label_smoothing):
 
 # ------------------------------------------- Evaluation -------------------------------------------
 
-
 @torch.no_grad()
 def infer(net, loader, tta_level=0):
     """The float32 (N, num_classes) logits of loader.images, in order. tta_level as in hyp (the paper, section 3.5)."""
@@ -256,7 +246,6 @@ def evaluate(net, loader, tta_level=0):
 
 
 # -------------------------------------------- Training --------------------------------------------
-
 
 @functools.cache
 def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype):
@@ -284,11 +273,10 @@ def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype
 
 def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True, test_loader=None, history=None,
           **overrides):
-    """
-    Trains a network and returns it, in evaluation mode. train_loader: a CifarLoader, which stays as it is (None:
+    """Trains a network and returns it, in evaluation mode. train_loader: a CifarLoader, which stays as it is (None:
     CIFAR-10). seed: for PyTorch's global generators (None: as they are). device: None is the loader's. dtype: see Net,
-    and default_dtype for None. verbose: print a table. history: a list to which its rows are added, as dicts.
-    test_loader: what to evaluate on (None: the loader's test set); without verbose and history nothing is. overrides:
+    and describe for None. verbose: print a table. history: a list to which its rows are added, as dicts.
+    test_loader: what to evaluate on (None: the loader's test set, if there is a table or history to fill). overrides:
     hyperparameters, as in lr=10; batch_size, aug and altflip that are not named are the loader's. Raises TypeError for
     an unknown one, ValueError for values and data that make no sense, FloatingPointError if the training diverges.
     """
@@ -302,21 +290,18 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
     if not 0 <= loader.labels.min() <= loader.labels.max() < len(loader.classes):
         raise ValueError(f'labels must be 0 to {len(loader.classes) - 1}, as there are {len(loader.classes)} classes')
     device = torch.empty(0, device=device or loader.images.device).device  # with its index, as cuda:0
-    if not verbose and history is None:
-        test_loader = None
-    elif test_loader is None:
+    if test_loader is None and (verbose or history is not None):
         test_loader = CifarLoader(loader.path, train=False, device=device)
     if seed is not None:
         torch.manual_seed(seed)
 
-    own, dtype = Net(h, len(loader.classes), device, dtype or default_dtype(device)), dtype or default_dtype(device)
+    dtype = dtype or describe(device)[1]
+    own = Net(h, len(loader.classes), device, dtype)
     net = compiled_net(tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], len(loader.classes), device, dtype)
     net.load_state_dict(own.state_dict())
     net.whiten.bias.requires_grad_(True)
     optimizer = make_optimizer(net, h)
-    loader.labels = loader.labels.to(device)
-    loader.images, loader.mean, loader.std = (tensor.to(device, net.whiten.weight.dtype)
-                                              for tensor in (loader.images, loader.mean, loader.std))
+    loader.images, loader.labels = loader.images.to(device, net.whiten.weight.dtype), loader.labels.to(device)
     total_steps = math.ceil(h['epochs'] * len(loader))
 
     # The clock stands still during the validation after each epoch.
@@ -325,19 +310,16 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
     state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]  # BatchNorm's averages too
     average = [tensor.clone() for tensor in state]
     for epoch in range(math.ceil(total_steps / len(loader))):
-        net.train()
         net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
-        losses = []
         for step, (inputs, labels) in zip(range(epoch * len(loader), total_steps), loader, strict=False):
             for group in optimizer.param_groups:
                 group['lr'] = group['peak_lr'] * lr_factor(step, total_steps)
             loss, logits = train_step(net, optimizer, inputs, labels, h['label_smoothing'])
-            losses.append(loss)
             done = step + 1
             if h['lookahead'] and done % 5 == 0:
                 lookahead_update(average, state, decay=0.95**5 * (done / total_steps)**3)
-            if verbose and done % 10 == 0:
-                show_progress(done, total_steps, seconds + time.perf_counter() - start)
+            if verbose and done == 10 and (minutes := (time.perf_counter() - start) * total_steps / 600) > 1:
+                print(f'about {minutes:.0f} minutes a run', file=sys.stderr)  # whose first row can be minutes away
         if h['lookahead'] and done == total_steps:
             lookahead_update(average, state, decay=1.0)
         seconds += synchronized_time(device) - start
@@ -346,8 +328,8 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
             report(dict(epoch=epoch + 1, train_loss=loss.item() / len(labels),
                         train_acc=(logits.argmax(1) == labels).float().mean().item(),
                         val_acc=evaluate(net, test_loader), time_seconds=seconds, steps=done), verbose, history)
-        if not all(tensor.isfinite().all() for tensor in (torch.stack(losses), *state)):
-            raise FloatingPointError(f'the training diverged in epoch {epoch + 1}: loss or weights are not finite')
+        if not all(tensor.isfinite().all() for tensor in state):
+            raise FloatingPointError(f'the training diverged in epoch {epoch + 1}: its weights are not finite')
         start = synchronized_time(device)
 
     if test_loader is not None:
@@ -360,26 +342,24 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
 
 def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **overrides):
     """Before the timing: sets the process up, and trains for a moment, which compiles all that a training needs."""
-    device = torch.device(device or (DEVICE if train_loader is None else train_loader.images.device))
+    train_loader = train_loader or CifarLoader(None, True, hyp['batch_size'], hyp['aug'], device=device)
+    device = torch.device(device or train_loader.images.device)
     torch.backends.cudnn.benchmark = True
-    if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        # M_MMAP_MAX and M_TRIM_THRESHOLD: keep freed blocks, whose pages the kernel would clear again. A tenth faster.
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    if train_loader is None:
-        train_loader = CifarLoader(None, True, hyp['batch_size'], hyp['aug'], device=device)
-    loader, test_loader = copy.copy(train_loader), copy.copy(
-        CifarLoader(train_loader.path, False, device=device) if test_loader is None else test_loader)
+    if device.type == 'cpu':
+        if platform.libc_ver()[0] == 'glibc':
+            # M_MMAP_MAX, M_TRIM_THRESHOLD: keep freed blocks, whose pages the kernel would clear again. A tenth faster.
+            ctypes.CDLL(None).mallopt(-4, 0)
+            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    loaders = [copy.copy(train_loader), copy.copy(test_loader or CifarLoader(train_loader.path, False, device=device))]
     # Three batches, and an evaluation batch of each size.
-    n, n_test = 3 * overrides.get('batch_size', loader.batch_size), 2000 + len(test_loader.images) % 2000
-    loader.images, loader.labels = loader.images[:n], loader.labels[:n]
-    test_loader.images, test_loader.labels = test_loader.images[:n_test], test_loader.labels[:n_test]
-    train(loader, device=device, dtype=dtype, verbose=False, test_loader=test_loader, history=[],
+    sizes = 3 * overrides.get('batch_size', train_loader.batch_size), 2000 + len(loaders[1].images) % 2000
+    for loader, n in zip(loaders, sizes, strict=True):
+        loader.images, loader.labels = loader.images[:n], loader.labels[:n]
+    train(loaders[0], device=device, dtype=dtype, verbose=False, test_loader=loaders[1], history=[],
           **overrides | dict(epochs=2, whiten_bias_epochs=1))
 
 
 # -------------------------------------------- Harness ---------------------------------------------
-
 
 def merge(overrides):
     """hyp with these changes, as far as they make sense."""
@@ -398,20 +378,16 @@ def merge(overrides):
     return h
 
 
-def device_name(device):
-    """As in 'NVIDIA H100', or 'AMD EPYC (AVX512-BF16)' with the instruction set that matters most."""
+def describe(device):
+    """The device's name, with a CPU's instruction set, as in 'AMD EPYC (AVX512-BF16)', and the fastest dtype on it."""
     if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device), torch.float16
     cpu = getattr(torch.cpu, 'get_capabilities', dict)()  # PyTorch before 2.11 cannot tell
     sets = dict(amx_bf16='AMX', avx512_bf16='AVX512-BF16', avx512_f='AVX512', avx2='AVX2')
-    return f'{cpu.get("cpu_name", "CPU")} ({next((sets[key] for key in sets if cpu.get(key)), platform.machine())})'
-
-
-def default_dtype(device):
-    """float16 on CUDA; bfloat16 on a CPU that is faster in it, one with AMX or AMD's with AVX512-BF16; else float32."""
-    name = device_name(device)
+    name = f'{cpu.get("cpu_name", "CPU")} ({next((sets[key] for key in sets if cpu.get(key)), platform.machine())})'
+    # With AVX512-BF16 alone, AMD's are 1.7 times faster in bfloat16 than in float32, Xeons 1.6 times slower.
     fast = name.endswith('(AMX)') or name.endswith('(AVX512-BF16)') and name.startswith('AMD')
-    return torch.float16 if device.type == 'cuda' else torch.bfloat16 if fast else torch.float32
+    return name, torch.bfloat16 if fast else torch.float32
 
 
 def synchronized_time(device):
@@ -421,13 +397,15 @@ def synchronized_time(device):
 
 
 def load_split(path, train):
+    """dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names) of path/train.pt or path/test.pt.
+    Without them, it is CIFAR-10's; for 'synthetic', made up. Raises ValueError for a file that is not in order.
     """
-    dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names) of path/train.pt or path/test.pt; where
-    there is none, CIFAR-10's; for 'synthetic', made-up ones. Raises ValueError for a file that is not in order.
-    """
-    file, found = Path(path, 'train.pt' if train else 'test.pt'), 'damaged'
-    if str(path) == 'synthetic':
-        return synthetic_split(train)
+    file = Path(path, 'train.pt' if train else 'test.pt')
+    if str(path) == 'synthetic':  # the class is the brightness, under noise
+        generator = torch.Generator().manual_seed(int(train))
+        labels = torch.randint(10, (5000 if train else 1000,), generator=generator)
+        images = 20 * labels.view(-1, 1, 1, 1) + torch.randint(64, (len(labels), 32, 32, 3), generator=generator)
+        return dict(images=images.byte(), labels=labels, classes=list('0123456789'))
     if not file.exists():
         return fetch_cifar10(Path(path))[file.name]
     try:
@@ -435,16 +413,13 @@ def load_split(path, train):
             warnings.simplefilter('ignore')  # its guesses at what a damaged file may be
             data = torch.load(file, map_location='cpu', weights_only=True)
         images, labels, classes = data['images'], data['labels'], data['classes']
-        found = f'{images.dtype} {tuple(images.shape)}, {labels.dtype} {tuple(labels.shape)}, {classes}'
-        right = images.dtype == torch.uint8 and images.shape == (*labels.shape, 32, 32, 3) and isinstance(classes, list)
-        if not (right and labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() < len(classes)):
-            raise ValueError
+        ok = (images.dtype, labels.dtype, type(classes)) == (torch.uint8, torch.int64, list) and len(labels) > 0
+        if not (ok and images.shape == (*labels.shape, 32, 32, 3) and 0 <= labels.min() <= labels.max() < len(classes)):
+            raise ValueError(f'{images.dtype} {tuple(images.shape)}, {labels.dtype} {tuple(labels.shape)}, {classes}')
         return data
-    except PermissionError:
-        raise
     except Exception as error:  # whatever the zip reader, the unpickler and wrong types make of it
         raise ValueError(f'{file} must hold dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,) from 0, classes=list '
-                         f'of names), and is {found}: mend or delete it, and run again') from error
+                         f'of names): mend or delete it. Found: {error!r:.99}') from error
 
 
 @functools.cache  # the second split comes with the first
@@ -477,14 +452,6 @@ def save(data, file):
         os.replace(Path(scratch, file.name), file)
 
 
-def synthetic_split(train):
-    """5,000 or 1,000 made-up images: the class is the brightness, under noise."""
-    generator = torch.Generator().manual_seed(int(train))
-    labels = torch.randint(10, (5000 if train else 1000,), generator=generator)
-    noise = torch.randint(64, (len(labels), 32, 32, 3), generator=generator)
-    return dict(images=(20 * labels.view(-1, 1, 1, 1) + noise).byte(), labels=labels, classes=list('0123456789'))
-
-
 def report(row, verbose, history):
     """Adds a row to history and to the printed table, under its head if it is the first."""
     if history is not None:
@@ -495,15 +462,6 @@ def report(row, verbose, history):
             print('|  ' + '  |  '.join(columns) + '  |')
         cells = [f'{row[key]:.4f}' if isinstance(row.get(key), float) else str(row.get(key, '')) for key in columns]
         print('|  ' + '  |  '.join(map(str.rjust, cells, columns.values())) + '  |', flush=True)
-
-
-def show_progress(step, total_steps, seconds):
-    """On a terminal, how far the run is; elsewhere, once, how long it takes: its first row can be minutes away."""
-    if sys.stderr.isatty():
-        left = seconds / step * (total_steps - step)
-        print(f'step {step}/{total_steps}, {left:.0f} s to go ', end='\r', file=sys.stderr)  # a row overwrites it
-    elif step == 10 and seconds / step * total_steps > 60:
-        print(f'about {seconds / step * total_steps / 60:.0f} minutes a run', file=sys.stderr)
 
 
 def count_pflops(h, steps, test_size, num_classes=10):
@@ -517,7 +475,7 @@ def count_pflops(h, steps, test_size, num_classes=10):
 def continue_log(path, header, device):
     """The runs in a log, and whether it lacks this header, whose seed and dtype are the log's where they are None."""
     *lines, torn = path.read_bytes().split(b'\n') if path.is_file() else [b'']
-    new = header | dict(seed=time.time_ns() % 2**32, dtype=str(default_dtype(device)).removeprefix('torch.'))
+    new = header | dict(seed=time.time_ns() % 2**32, dtype=str(describe(device)[1]).removeprefix('torch.'))
     try:
         records = [json.loads(line) for line in lines]
         runs = [record for record in records if record['type'] == 'run']
@@ -529,24 +487,16 @@ def continue_log(path, header, device):
         raise ValueError(f'{path} is not a log of this script: name another file with --log') from error
     for key in ours if lines else ():
         if ours[key] != theirs.get(key):
-            raise ValueError(f'{path} holds runs with another {key}, {theirs.get(key)} instead of {ours[key]}: '
-                             'name another file with --log')
+            raise ValueError(f'{path} is of another {key}, {theirs.get(key)}, not {ours[key]}: name another with --log')
     if torn:
         print(f'note: {path} ended in a torn line, which was dropped', file=sys.stderr)
         os.truncate(path, path.stat().st_size - len(torn))
     return runs, not lines or any(old[key] != header[key] for key in ('source', 'torch', 'device', 'threads'))
 
 
-def append_to_log(path, record):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a') as log:
-        log.write(json.dumps(record) + '\n')
-
-
-def print_summary(runs, header, path):
+def print_summary(runs, header):
     done = [run for run in runs if not run['diverged']]
-    print(f'{SCRIPT}: {len(runs)} runs, {len(runs) - len(done)} diverged; {"SYNTHETIC data, " * header["synthetic"]}'
-          f'{header["dtype"]} on {header["device"]}, seed {header["seed"]}, log {path}')
+    print(f'{"SYNTHETIC data: " * header["synthetic"]}{len(runs)} runs, {len(runs) - len(done)} diverged')
     for key in ('tta_val_acc', 'seconds', 'pflops') if done else ():
         values = [run[key] for run in done]
         std = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -561,15 +511,13 @@ def parse_arguments():
     parser.add_argument('--seed', type=int, help="run i, from 0, uses SEED + i (default: the log's, or a new one)")
     parser.add_argument('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10)')
     parser.add_argument('--device', type=torch.device, default=DEVICE, help='(default: cuda if there is one, else cpu)')
-    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help="(default: see default_dtype)")
+    parser.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help="(default: the fastest)")
     parser.add_argument('--log', type=Path, help='JSON lines; continued if it exists (default: a new one in logs/)')
     parser.add_argument('--save', type=Path, help='a folder for the weights of run i, run<i>.pt (default: none)')
     for key, value in hyp.items():
         parser.add_argument(f'--{key}', type=ast.literal_eval, default=value, help='(default: %(default)s)')
     args = parser.parse_args()
     args.h = merge({key: getattr(args, key) for key in hyp})
-    if 'LOCAL_RANK' in os.environ and args.device.type == 'cuda':
-        args.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     torch.empty(1, device=args.device).cpu()
     if not (args.runs is None or args.runs > 0) or not 0 <= (args.seed or 0) < 2**62:
         raise ValueError('--runs must be at least 1, and --seed from 0 to 2**62')
@@ -582,42 +530,44 @@ def main():
     """The command line; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(130))
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun gives each of its processes one thread
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `python airbench94.py | head -1`: the log has what ended
+    script, rank, world_size = Path(__file__).stem, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     try:
+        if 'LOCAL_RANK' in os.environ:  # torchrun gives each of its processes one thread, and all of them GPU 0
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         args = parse_arguments()
-        h, path = args.h, args.log or Path('logs', f'{SCRIPT}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}.jsonl')
+        h, path = args.h, args.log or Path('logs', f'{script}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}.jsonl')
         path = path.with_suffix(f'.rank{rank}{path.suffix}') if 'RANK' in os.environ else path
         loaders = [CifarLoader(args.data, train, h['batch_size'], h['aug'] if train else None, device=args.device)
                    for train in (True, False)]
         header = dict(
-            type='header', script=SCRIPT, hyperparameters=json.loads(json.dumps(h)), dtype=args.dtype, seed=args.seed,
+            type='header', script=script, hyperparameters=json.loads(json.dumps(h)), dtype=args.dtype, seed=args.seed,
             data=dict(train=loaders[0].sha256, test=loaders[1].sha256), synthetic=loaders[0].path == 'synthetic',
-            torch=torch.__version__, device=device_name(args.device), threads=torch.get_num_threads(),
+            torch=torch.__version__, device=describe(args.device)[0], threads=torch.get_num_threads(),
             time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), source=Path(__file__).read_text())
         runs, is_new = continue_log(path, header, args.device)
         dtype, seed = getattr(torch, header['dtype']), header['seed']
         warmup(*loaders, dtype=dtype, **h)
         if args.save:
             args.save.mkdir(parents=True, exist_ok=True)
-        if is_new:
-            append_to_log(path, header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'a') as log:
+            log.write((json.dumps(header) + '\n') * is_new)
     except (AssertionError, OSError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
-        print(f'{SCRIPT}: error: {str(error).splitlines()[0]}', file=sys.stderr)
+        print(f'{script}: error: {str(error).splitlines()[0]}', file=sys.stderr)
         return 2
 
+    sys.stdout = open(os.devnull, 'w') if rank else sys.stdout
+    print(f'{script}: {loaders[0].path} data, {header["dtype"]} on {header["device"]}, log {path}', flush=True)
     numbers = range(rank, args.runs or (25 if args.device.type == 'cuda' else 1), world_size)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `python airbench94.py | head -1`: the log has what ended
     try:
         for i in sorted(set(numbers) - {run['run'] for run in runs}):
-            if rank == 0:
-                print(f'{SCRIPT}: run {i}, seed {seed + i}, {loaders[0].path} data, {header["dtype"]} on '
-                      f'{header["device"]}, log {path}', flush=True)
+            print(f'run {i}, seed {seed + i}', flush=True)
             rows, net = [], None
             try:
-                net = train(loaders[0], seed=seed + i, dtype=dtype, verbose=rank == 0, test_loader=loaders[1],
-                            history=rows, **h)
+                net = train(loaders[0], seed=seed + i, dtype=dtype, test_loader=loaders[1], history=rows, **h)
             except FloatingPointError as error:
                 print(f'run {i}: {error}', file=sys.stderr)
             columns = {key: [row[key] if math.isfinite(row[key]) else None for row in rows if key in row]
@@ -625,17 +575,13 @@ def main():
             pflops = count_pflops(h, rows[-1]['steps'], len(loaders[1].images), len(loaders[0].classes))
             runs.append(dict(type='run', run=i, seed=seed + i, diverged=net is None, **columns, pflops=pflops,
                              tta_val_acc=rows[-1].get('tta_val_acc'), seconds=rows[-1]['time_seconds']))
-            try:
-                append_to_log(path, runs[-1])
-                if args.save and net:
-                    save(dict(script=SCRIPT, state_dict=net.state_dict(), hyperparameters=h, dtype=header['dtype'],
-                              classes=loaders[0].classes), args.save / f'run{i}.pt')
-            except (OSError, RuntimeError) as error:
-                print(f'run {i}, {runs[-1]["tta_val_acc"]}, was not saved; the series ends: {error}', file=sys.stderr)
-                return 1
+            with open(path, 'a') as log:
+                log.write(json.dumps(runs[-1]) + '\n')
+            if args.save and net:
+                save(dict(script=script, state_dict=net.state_dict(), hyperparameters=h, dtype=header['dtype'],
+                          classes=loaders[0].classes), args.save / f'run{i}.pt')
     finally:
-        if rank == 0:
-            print_summary(runs, header, path)
+        print_summary(runs, header)
     return int(bool(runs) and all(run['diverged'] for run in runs))
 
 

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from a checkout as it stands
 from airbench import CifarLoader, infer, train94  # noqa: E402
-from airbench94 import device_name, hyp  # noqa: E402
+from airbench94 import describe, hyp  # noqa: E402
 
 
 def subset(loader, indices):
@@ -50,7 +50,7 @@ def main():
 
     print(json.dumps(dict(
         type='header', arguments={name: str(value) for name, value in vars(args).items()}, torch=torch.__version__,
-        device=device_name(train_loader.images.device), threads=torch.get_num_threads(),
+        device=describe(train_loader.images.device)[0], threads=torch.get_num_threads(),
         data=dict(train=train_loader.sha256, test=test_loader.sha256), source=Path(__file__).read_text())), file=log)
     results = []
 

@@ -164,7 +164,7 @@ def main():
         if not file.exists():
             parser.error(f'there is no {file}')
     module, device = load(args.script.resolve()), torch.device(args.device)
-    dtype = module.default_dtype(device)
+    dtype = module.describe(device)[1]
 
     functions = pieces(module, device, dtype)
     if args.against:
@@ -194,7 +194,7 @@ def main():
                            'import torch + files, s': seconds['files'],
                            'first step / (import torch + files)': seconds['first'] / seconds['files']})
 
-    print(f'\n{args.script.stem}: {dtype} on {module.device_name(device)}, {torch.get_num_threads()} threads, '
+    print(f'\n{args.script.stem}: {dtype} on {module.describe(device)[0]}, {torch.get_num_threads()} threads, '
           f'PyTorch {torch.__version__}, {args.rounds} rounds; milliseconds where not said otherwise')
     print(f'{"":36}{"median":>10}{"quartiles":>20}{"at most":>10}')
     summary = {}
@@ -208,7 +208,7 @@ def main():
         print(f'{name:36}{median:10.{width}f}{f"{low:.{width}f} to {high:.{width}f}":>20}{target:>10}')
     if args.json:
         args.json.write_text(json.dumps(dict(script=args.script.stem, dtype=str(dtype), torch=torch.__version__,
-                                             device=module.device_name(device), threads=torch.get_num_threads(),
+                                             device=module.describe(device)[0], threads=torch.get_num_threads(),
                                              summary=summary, rounds=rounds)) + '\n')
 
 
