@@ -7,8 +7,11 @@ import importlib
 
 import torch
 
+from airbench94 import DEVICE
 from airbench94 import train as train94
 from airbench94 import warmup as warmup94
+from airbench94_muon import train as train94_muon
+from airbench94_muon import warmup as warmup94_muon
 from airbench95 import train as train95
 from airbench95 import warmup as warmup95
 from airbench96 import CifarLoader, evaluate, infer
@@ -16,11 +19,11 @@ from airbench96 import train as train96
 from airbench96 import warmup as warmup96
 
 __all__ = ['CifarLoader', 'evaluate', 'infer', 'load_net',
-           'train94', 'train95', 'train96', 'warmup94', 'warmup95', 'warmup96']
-SCRIPTS = ('airbench94', 'airbench94_compiled', 'airbench95', 'airbench96')
+           'train94', 'train94_muon', 'train95', 'train96', 'warmup94', 'warmup94_muon', 'warmup95', 'warmup96']
+SCRIPTS = ('airbench94', 'airbench94_compiled', 'airbench94_muon', 'airbench95', 'airbench96')
 
 
-def load_net(file, device='cpu'):
+def load_net(file, device=DEVICE):
     """
     The network that a script wrote with --save, in evaluation mode and in the precision it was trained in; its classes
     are net.classes. Raises ValueError for a file that is not such, FileNotFoundError where there is none.

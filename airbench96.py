@@ -1,7 +1,6 @@
 """airbench96: trains a network to 96% test accuracy on CIFAR-10, for 7.3 PFLOPs a run.
 
-Relative to airbench94.py the blocks are wider, with a third convolution, whose output is added to the first's, and the
-training takes 40 epochs, with stronger augmentation: translation by up to 4, and cutout (arXiv 1708.04552).
+Relative to airbench94.py: 40 epochs, wider blocks with a third convolution and a residual, translation by 4, cutout.
 Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").
 
     python airbench94.py --data synthetic --epochs 1    # a trial that needs neither data nor network
@@ -19,7 +18,6 @@ import math
 import os
 import platform
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -67,19 +65,11 @@ def batch_crop(padded, crop_size):
     return crops[torch.arange(len(padded), device=padded.device), :, y, x]
 
 
-def batch_cutout(images, size):
-    """Sets a random size x size square, wholly inside, of each of the (N, C, H, H) images to zero."""
-    corners = torch.randint(images.size(-1) - size + 1, (2, len(images), 1), device=images.device)
-    offsets = torch.arange(images.size(-1), device=images.device) - corners
-    rows, columns = (offsets >= 0) & (offsets < size)
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
-
-
 class CifarLoader:
     """CIFAR-10 on one device, in batches of normalised and augmented (N, 3, 32, 32) inputs and (N,) labels.
     path: a folder (None: $AIRBENCH_DATA, else cifar10) or 'synthetic'. drop_last, shuffle: None is the value of train.
-    altflip: mirror in every other epoch (3.6). aug: flip=True mirrors, translate=r moves by up to r pixels,
-    cutout=s sets a square of s x s pixels to zero.
+    altflip: mirror every other epoch, not at random (3.6). aug: flip=True mirrors, translate=r moves by up to r pixels,
+    cutout=s sets a square of s x s pixels to zero (arXiv 1708.04552).
     Attributes may be assigned to: images, float (N, 3, 32, 32) in [0, 1]; labels, int64 (N,).
     """
 
@@ -98,7 +88,7 @@ class CifarLoader:
         self.check()
 
     def check(self):
-        if self.aug.keys() - {'flip', 'translate', 'cutout'} or not all(0 <= value < 32 for value in self.aug.values()):
+        if self.aug.keys() - {'flip', 'translate', 'cutout'} or not all(r in range(32) for r in self.aug.values()):
             raise ValueError(f'aug cannot be {self.aug} here; airbench.CifarLoader knows flip, translate and cutout')
         if not self.images.is_floating_point():
             raise ValueError(f'images must be floating point in [0, 1], as by .float() / 255, not {self.images.dtype}')
@@ -117,7 +107,7 @@ class CifarLoader:
         # With altflip these coins are tossed once, and turned over in odd epochs.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
-        flip_mask = self.flip_mask ^ (self.altflip and self.epoch % 2 == 1)
+        flip_mask = self.flip_mask ^ bool(self.altflip and self.epoch % 2)
         self.epoch += 1
 
         order = (torch.randperm if self.shuffle else torch.arange)(n, device=device)
@@ -128,8 +118,11 @@ class CifarLoader:
                 inputs = torch.where(flip_mask[indices].view(-1, 1, 1, 1), inputs.flip(-1), inputs)
             if translate := self.aug.get('translate'):
                 inputs = batch_crop(F.pad(inputs, (translate,) * 4, mode='reflect'), inputs.size(-1))
-            if self.aug.get('cutout'):
-                inputs = batch_cutout(inputs, self.aug['cutout'])
+            if cutout := self.aug.get('cutout'):
+                corners = torch.randint(33 - cutout, (2, len(inputs), 1), device=device)
+                offsets = torch.arange(32, device=device) - corners
+                rows, columns = (offsets >= 0) & (offsets < cutout)
+                inputs = inputs.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
             yield inputs, self.labels[indices]
 
 
@@ -169,8 +162,8 @@ class Net(nn.Module):
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad = False
         nn.init.zeros_(self.whiten.bias)
-        self.blocks = nn.Sequential(*(Block(*channels, h['bn_momentum'])
-                                      for channels in zip((24, *h['widths']), h['widths'], strict=False)))
+        widths = (24, *h['widths'])
+        self.blocks = nn.Sequential(*(Block(*widths[i:i + 2], h['bn_momentum']) for i in range(3)))
         self.linear = nn.Linear(h['widths'][-1], num_classes, bias=False)
         self.scaling_factor, self.autocast = h['scaling_factor'], dtype == torch.bfloat16
         self.to(device, torch.float32 if self.autocast else dtype, memory_format=torch.channels_last)
@@ -189,9 +182,9 @@ class Net(nn.Module):
 
 @torch.no_grad()
 def init_whitening(net, images, eps=5e-4):
-    """The eigenvectors of the images' 2x2 patches' second moment, scaled by its roots, and their negatives (3.2)."""
+    """The eigenvectors of 2x2 patches' second moment, each over its eigenvalue's root, and their negatives (3.2)."""
     patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-    eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())  # no GPU solver loads
+    eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())  # spares CUDA its solver
     filters = (eigenvectors / torch.sqrt(eigenvalues + eps)).T.reshape(12, 3, 2, 2)
     net.whiten.weight.copy_(torch.cat((filters, -filters)))
 
@@ -270,10 +263,8 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
     an unknown one, ValueError for values and data that make no sense, FloatingPointError if the training diverges.
     """
     h, of_loader = merge(overrides), ('batch_size', 'aug', 'altflip')
-    if train_loader is None:
-        train_loader = CifarLoader(device=device, **{key: h[key] for key in of_loader})
-    loader = copy.copy(train_loader)
-    h |= {key: vars(loader)[key] for key in of_loader if key not in overrides}
+    loader = CifarLoader(batch_size=h['batch_size'], device=device) if train_loader is None else copy.copy(train_loader)
+    h |= {key: vars(loader)[key] for key in of_loader if train_loader is not None and key not in overrides}
     vars(loader).update({key: h[key] for key in of_loader}, epoch=0, flip_mask=None)
     loader.check()
     if not 0 <= loader.labels.min() <= loader.labels.max() < len(loader.classes):
@@ -287,6 +278,7 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
     net = Net(h, len(loader.classes), device, dtype or describe(device)[1])
     optimizer = make_optimizer(net, h)
     loader.images, loader.labels = loader.images.to(device, net.whiten.weight.dtype), loader.labels.to(device)
+    loader.mean, loader.std = loader.mean.to(device), loader.std.to(device)
     total_steps = math.ceil(h['epochs'] * len(loader))
 
     # The clock stands still during the validation after each epoch.
@@ -296,15 +288,14 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
     average = [tensor.clone() for tensor in state]
     for epoch in range(math.ceil(total_steps / len(loader))):
         net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
-        for step, (inputs, labels) in zip(range(epoch * len(loader), total_steps), loader, strict=False):
+        for done, (inputs, labels) in zip(range(epoch * len(loader) + 1, total_steps + 1), loader, strict=False):
             for group in optimizer.param_groups:
-                group['lr'] = group['peak_lr'] * lr_factor(step, total_steps)
+                group['lr'] = group['peak_lr'] * lr_factor(done - 1, total_steps)
             loss, logits = train_step(net, optimizer, inputs, labels, h['label_smoothing'])
-            done = step + 1
             if h['lookahead'] and done % 5 == 0:
                 lookahead_update(average, state, decay=0.95**5 * (done / total_steps)**3)
-            if verbose and done == 10 and (minutes := (time.perf_counter() - start) * total_steps / 600) > 1:
-                print(f'about {minutes:.0f} minutes a run', file=sys.stderr)  # whose first row can be minutes away
+            if verbose and done == 10 and (minutes := (seconds + time.perf_counter() - start) * total_steps / 600) > 1:
+                print(f'about {minutes:.0f} minutes a run', file=sys.stderr)  # the first row can be minutes away
         if h['lookahead'] and done == total_steps:
             lookahead_update(average, state, decay=1.0)
         seconds += synchronized_time(device) - start
@@ -326,8 +317,7 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
 
 def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **overrides):
     """Before the timing: sets the process up, and on CUDA, where a kernel's first use is slow, trains for a moment."""
-    train_loader = train_loader or CifarLoader(None, True, hyp['batch_size'], hyp['aug'], device=device)
-    device = torch.device(device or train_loader.images.device)
+    device = torch.device(device or (DEVICE if train_loader is None else train_loader.images.device))
     torch.backends.cudnn.benchmark = True
     if device.type == 'cpu':
         if platform.libc_ver()[0] == 'glibc':
@@ -335,13 +325,12 @@ def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **ov
             ctypes.CDLL(None).mallopt(-4, 0)
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
         return
-    loaders = [copy.copy(train_loader), copy.copy(test_loader or CifarLoader(train_loader.path, False, device=device))]
-    # Three batches, and an evaluation batch of each size.
-    sizes = 3 * overrides.get('batch_size', train_loader.batch_size), 2000 + len(loaders[1].images) % 2000
-    for loader, n in zip(loaders, sizes, strict=True):
-        loader.images, loader.labels = loader.images[:n], loader.labels[:n]
-    train(loaders[0], device=device, dtype=dtype, verbose=False, test_loader=loaders[1], history=[],
-          **overrides | dict(epochs=2, whiten_bias_epochs=1))
+    if train_loader is None:
+        train_loader = CifarLoader(None, True, hyp['batch_size'], hyp['aug'], device=device)
+    loader, n = copy.copy(train_loader), 3 * overrides.get('batch_size', train_loader.batch_size)  # three batches
+    loader.images, loader.labels = loader.images[:n], loader.labels[:n]
+    train(loader, device=device, dtype=dtype, verbose=False, test_loader=test_loader, history=[],
+          **overrides | dict(epochs=2, whiten_bias_epochs=1, lr=1e-3))
 
 
 # -------------------------------------------- Harness ---------------------------------------------
@@ -351,10 +340,9 @@ def merge(overrides):
     if unknown := overrides.keys() - hyp.keys():
         raise TypeError(f'no hyperparameter {", ".join(unknown)}: there are {", ".join(hyp)}')
     h = hyp | overrides
-    sense = dict(
-        epochs=0 < h['epochs'] < math.inf, batch_size=type(h['batch_size']) is int and h['batch_size'] > 0,
-        lr=0 < h['lr'] < math.inf, momentum=0 < h['momentum'] < 1, weight_decay=0 <= h['weight_decay'] < math.inf,
-        bias_scaler=0 < h['bias_scaler'] < math.inf, label_smoothing=0 <= h['label_smoothing'] <= 1,
+    sense = {key: 0 < h[key] < math.inf for key in ('epochs', 'lr', 'bias_scaler', 'scaling_factor')} | dict(
+        batch_size=type(h['batch_size']) is int and h['batch_size'] > 0, momentum=0 < h['momentum'] < 1,
+        weight_decay=0 <= h['weight_decay'] < math.inf, label_smoothing=0 <= h['label_smoothing'] <= 1,
         whiten_bias_epochs=h['whiten_bias_epochs'] >= 0, lookahead=h['lookahead'] in (True, False),
         aug=isinstance(h['aug'], dict), altflip=h['altflip'] in (True, False), bn_momentum=0 < h['bn_momentum'] <= 1,
         widths=[type(width) for width in h['widths'] if width > 0] == [int] * 3, tta_level=h['tta_level'] in (0, 1, 2))
@@ -410,9 +398,9 @@ def load_split(path, train):
 @functools.cache  # the second split comes with the first
 def fetch_cifar10(folder):
     """Both splits from torchvision's files in folder, or downloaded; cached there as train.pt and test.pt."""
-    from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
-    found = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
     try:
+        from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
+        found = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
         with tempfile.TemporaryDirectory() as scratch:
             halves = [CIFAR10(folder if found else scratch, train, download=True) for train in (True, False)]
     except Exception as error:
@@ -424,7 +412,7 @@ def fetch_cifar10(folder):
         for name in splits:
             if not (folder / name).exists():
                 save(splits[name], folder / name)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         print(f'note: the data could not be cached in {folder} ({error})', file=sys.stderr)
     return splits
 
@@ -451,14 +439,14 @@ def report(row, verbose, history):
 
 def count_pflops(h, steps, test_size, num_classes=10):
     """By the paper's convention: a training image costs three forward passes, a view in test-time augmentation one."""
-    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports Triton, which takes a while
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it can import Triton, which takes a while
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         Net(h, num_classes, 'meta')(torch.empty(1, 3, 32, 32, device='meta'))
-    return counter.get_total_flops() * (3 * steps * h['batch_size'] + (1, 2, 6)[h['tta_level']] * test_size) / 1e15
+    return counter.get_total_flops() * (3 * steps * h['batch_size'] + (1, 2, 6)[int(h['tta_level'])] * test_size) / 1e15
 
 
 def continue_log(path, header, device):
-    """The runs in a log, and whether it lacks this header, whose seed and dtype are the log's where they are None."""
+    """The log's runs, and whether it lacks this header, whose seed and dtype are filled in. A torn line is dropped."""
     *lines, torn = path.read_bytes().split(b'\n') if path.is_file() else [b'']
     new = header | dict(seed=time.time_ns() % 2**32, dtype=str(describe(device)[1]).removeprefix('torch.'))
     try:
@@ -483,10 +471,9 @@ def print_summary(runs, header):
     done = [run for run in runs if not run['diverged']]
     print(f'{"SYNTHETIC data: " * header["synthetic"]}{len(runs)} runs, {len(runs) - len(done)} diverged')
     for key in ('tta_val_acc', 'seconds', 'pflops') if done else ():
-        values = [run[key] for run in done]
-        std = statistics.stdev(values) if len(values) > 1 else math.nan
-        spread = f'   std {std:.4f}   stderr {std / len(values)**0.5:.4f}' if len(values) > 1 else ''
-        print(f'{key:13} mean {statistics.fmean(values):.4f}{spread}   n {len(values)}', flush=True)
+        values = torch.tensor([run[key] for run in done], dtype=torch.float64)
+        spread = f'   std {values.std():.4f}   stderr {values.std() / len(done)**0.5:.4f}' if len(done) > 1 else ''
+        print(f'{key:13} mean {values.mean():.4f}{spread}   n {len(done)}', flush=True)
 
 
 def parse_arguments():
@@ -503,11 +490,13 @@ def parse_arguments():
         parser.add_argument(f'--{key}', type=ast.literal_eval, default=value, help='(default: %(default)s)')
     args = parser.parse_args()
     args.h = merge({key: getattr(args, key) for key in hyp})
+    if 'LOCAL_RANK' in os.environ:  # torchrun gives each of its processes one thread, and all of them GPU 0
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+        if args.device.type == 'cuda':
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     torch.empty(1, device=args.device).cpu()
     if not (args.runs is None or args.runs > 0) or not 0 <= (args.seed or 0) < 2**62:
         raise ValueError('--runs must be at least 1, and --seed from 0 to 2**62')
-    if args.dtype in dict(cpu=('float16',), mps=('float16', 'bfloat16')).get(args.device.type, ()):
-        raise ValueError(f'--dtype {args.dtype} is missing or far too slow on {args.device}')
     return args
 
 
@@ -515,35 +504,31 @@ def main():
     """The command line; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(130))
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `python airbench94.py | head -1`: the log has what ended
     script, rank, world_size = Path(__file__).stem, int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     try:
-        if 'LOCAL_RANK' in os.environ:  # torchrun gives each of its processes one thread, and all of them GPU 0
-            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ['LOCAL_WORLD_SIZE'])))
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         args = parse_arguments()
         h, path = args.h, args.log or Path('logs', f'{script}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}.jsonl')
         path = path.with_suffix(f'.rank{rank}{path.suffix}') if 'RANK' in os.environ else path
-        loaders = [CifarLoader(args.data, train, h['batch_size'], h['aug'] if train else None, device=args.device)
-                   for train in (True, False)]
+        loaders = [CifarLoader(args.data, of, h['batch_size'], h['aug'], device=args.device) for of in (True, False)]
         header = dict(
             type='header', script=script, hyperparameters=json.loads(json.dumps(h)), dtype=args.dtype, seed=args.seed,
             data=dict(train=loaders[0].sha256, test=loaders[1].sha256), synthetic=loaders[0].path == 'synthetic',
             torch=torch.__version__, device=describe(args.device)[0], threads=torch.get_num_threads(),
             time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), source=Path(__file__).read_text())
         runs, is_new = continue_log(path, header, args.device)
+        if header['dtype'] in dict(cpu=('float16',), mps=('float16', 'bfloat16')).get(args.device.type, ()):
+            raise ValueError(f'dtype {header["dtype"]} is missing or far too slow on {args.device}')
         dtype, seed = getattr(torch, header['dtype']), header['seed']
         warmup(*loaders, dtype=dtype, **h)
-        if args.save:
-            args.save.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in filter(None, (args.save, path.parent)):
+            folder.mkdir(parents=True, exist_ok=True)
         with open(path, 'a') as log:
             log.write((json.dumps(header) + '\n') * is_new)
     except (AssertionError, OSError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
         print(f'{script}: error: {str(error).splitlines()[0]}', file=sys.stderr)
         return 2
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends with its reader, as in `| head -1`; the log has what is done
     sys.stdout = open(os.devnull, 'w') if rank else sys.stdout
     print(f'{script}: {loaders[0].path} data, {header["dtype"]} on {header["device"]}, log {path}', flush=True)
     numbers = range(rank, args.runs or (25 if args.device.type == 'cuda' else 1), world_size)
@@ -567,7 +552,7 @@ def main():
                           classes=loaders[0].classes), args.save / f'run{i}.pt')
     finally:
         print_summary(runs, header)
-    return int(bool(runs) and all(run['diverged'] for run in runs))
+    return int(world_size == 1 and bool(runs) and all(run['diverged'] for run in runs))
 
 
 if __name__ == '__main__':

@@ -17,12 +17,14 @@ from pathlib import Path
 import summarize
 
 HERE = Path(__file__).parent
-# Okabe and Ito's colours, which the colour-blind can tell apart, two of them darkened; all stand out from a white page
+sys.path.insert(0, str(HERE.parent))
+# Okabe and Ito's colours, which the colour-blind can tell apart, some of them darkened: all stand out from a white page
 # and from a dark one, each by a contrast of 3 to 1 or more.
-COLORS = {'airbench94': '#0072b2', 'airbench94_compiled': '#009e73', 'airbench95': '#d55e00', 'airbench96': '#c26d9a'}
+COLORS = {'airbench94': '#0072b2', 'airbench94_compiled': '#009e73', 'airbench94_muon': '#a37c00',
+          'airbench95': '#d55e00', 'airbench96': '#c26d9a'}
 GREY = '#7a7a7a'
-# By the paper, hlb-CIFAR10 and ResNet-18 included, and by the original project's README later. PFLOPs, accuracy in
-# percent, name, and where it stands relative to the point, in points of type.
+# By the paper, hlb-CIFAR10 and ResNet-18 included, the original project's README later, and Hiverge (2025). PFLOPs,
+# accuracy in percent, name, and where it stands relative to the point, in points of type.
 PUBLISHED = [
     (0.36, 94.01, 'the paper, 94', (-6, 6)),
     (1.4, 95.01, 'the paper, 95', (-6, 6)),
@@ -30,6 +32,7 @@ PUBLISHED = [
     (0.29, 94.01, 'its project later,\nwith Muon', (-6, -6)),
     (4.9, 96.03, 'its project later', (-6, -6)),
     (3.1, 96.00, '', (0, 0)),
+    (0.27, 94.0, 'Hiverge', (-6, 14)),
     (0.59, 94.0, 'hlb-CIFAR10', (0, 6)),
     (32.3, 96.0, 'ResNet-18,\nstandard training', (0, -6)),
 ]
@@ -42,9 +45,16 @@ def pflops_by_epoch(header, run):
     hyp = header['hyperparameters']
     steps_an_epoch = IMAGES // hyp['batch_size']
     steps = math.ceil(hyp['epochs'] * steps_an_epoch)
-    views = 3 * steps * hyp['batch_size']  # a training image costs three forward passes, a test image one a view
+    costs = [3.0] * steps  # of a step in forward passes of its batch, and of the whole image
+    if 'crops' in hyp:  # of which a forward pass costs less
+        import airbench94_muon as script
+        of_size = {size: script.count_pflops(hyp | dict(crops=((size, 1.0), (32, 2.0))), 1, 0)
+                   for size, _ in hyp['crops']}
+        image = script.count_pflops(hyp | dict(tta_level=0), 0, 1)
+        costs = [of_size[script.crop_size(hyp, step, steps)] / image / hyp['batch_size'] for step in range(steps)]
+    views = sum(costs) * hyp['batch_size']  # a training image costs three forward passes, a test image one a view
     training = run['pflops'] * views / (views + VIEWS[hyp['tta_level']] * TEST_IMAGES)
-    return [training * min(1, (i + 1) * steps_an_epoch / steps) for i in range(len(run['val_acc']))]
+    return [training * sum(costs[:(i + 1) * steps_an_epoch]) / sum(costs) for i in range(len(run['val_acc']))]
 
 
 def new_axes(plt, size):

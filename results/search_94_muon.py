@@ -28,6 +28,9 @@ base = dict(
     bias_lr=0.053, head_lr=0.67, weight_decay=2e-6, label_smoothing=0.2, whiten_bias_epochs=3.0, whiten_images=5000,
     bn_momentum=0.4, act='gelu', widths=[64, 256, 256], pool_first=[0, 0, 0], translate=2, brightness=0.0, contrast=0.0,
     stages=[[1.0, 32, 'none', 2000]],  # share of the steps, pixels, how (none, area: resized, crop), batch size
+    moved_crops=False,  # crops of images already moved by up to `translate`, as from the scripts' loader
+    one_bias_lr=False,  # the whitening bias's lr is that of the other biases until it is frozen, at an epoch's end
+    lookahead=False,  # as in airbench94.py
     extra=0,  # convolutions more in block 3, with a residual
     tta_share=0.25)
 
@@ -168,12 +171,16 @@ def batches(h, epoch, flip_mask, order, size, how, batch_size):
     for idx in order.split(batch_size)[:len(order) // batch_size]:
         x = images[idx]
         x = torch.where((flip_mask[idx] ^ (epoch % 2 == 1)).view(-1, 1, 1, 1), x.flip(-1), x)
-        if how == 'crop':
+        if how == 'crop' and not h.moved_crops:
             crops = x.unfold(2, size, 1).unfold(3, size, 1)
         else:
             crops = F.pad(x, (h.translate,) * 4, mode='reflect').unfold(2, 32, 1).unfold(3, 32, 1)
         rows, columns = torch.randint(crops.size(2), (2, len(idx)))
         x = crops[torch.arange(len(idx)), :, rows, columns]
+        if how == 'crop' and h.moved_crops:
+            crops = x.unfold(2, size, 1).unfold(3, size, 1)
+            rows, columns = torch.randint(crops.size(2), (2, len(idx)))
+            x = crops[torch.arange(len(idx)), :, rows, columns]
         if how == 'area':
             x = F.interpolate(x, size=size, mode='area')
         if h.contrast or h.brightness:
@@ -189,6 +196,13 @@ def stage_of(h, frac):
         if frac < total:
             return stage
     return h.stages[-1][1:]
+
+
+@torch.no_grad()
+def lookahead_update(average, state, decay):
+    for slow, fast in zip(average, state, strict=True):
+        slow.lerp_(fast, 1 - decay)
+        fast.copy_(slow)
 
 
 def run(changes, seed):
@@ -209,6 +223,8 @@ def run(changes, seed):
                            in zip(([net.whiten.bias], biases, [net.linear.weight]), peaks, strict=True)],
                           momentum=h.sgd_momentum, nesterov=True, fused=True)
     moment = [torch.zeros_like(p) for p in filters]
+    state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+    average = [tensor.clone() for tensor in state]
     start = time.perf_counter()
     init_whitening(net, data['train'][0][:h.whiten_images])
     flip_mask = torch.rand(50000) < 0.5
@@ -221,7 +237,8 @@ def run(changes, seed):
             factor, whitened = 1 - step / steps, seen / (h.whiten_bias_epochs * 50000)
             for group, peak in zip(sgd.param_groups, peaks, strict=True):
                 group['lr'] = peak * factor
-            sgd.param_groups[0]['lr'] = h.bias_lr * max(0, 1 - whitened)
+            if not h.one_bias_lr:
+                sgd.param_groups[0]['lr'] = h.bias_lr * max(0, 1 - whitened)
             net.whiten.bias.requires_grad_(whitened < 1)
             loss = F.cross_entropy(net(x), y, label_smoothing=h.label_smoothing, reduction='sum')
             sgd.zero_grad()
@@ -241,7 +258,11 @@ def run(changes, seed):
             spent += 3 * batch_size * flops[size][0] + muon
             seen += len(y)
             step += 1
+            if h.lookahead and step % 5 == 0:
+                lookahead_update(average, state, 0.95**5 * (step / steps)**3)
         epoch += 1
+    if h.lookahead:
+        lookahead_update(average, state, 1.0)
     seconds = time.perf_counter() - start
     return dict(changes=changes, seed=seed, steps=steps, epochs=seen / 50000, pflops=(spent + tta) / 1e15,
                 train_loss=sum(losses[-10:]) / 10, train_seconds=seconds, **evaluate(net, h))

@@ -324,7 +324,8 @@ def test_name_and_dtype_of_a_gpu(monkeypatch):
     (('--widths', '(8, 8)'), 'widths'), (('--widths', '(8, 8, 0)'), 'widths'),
     (('--widths', '(8,'), ''), (('--widths', 8), 'int'), (('--batch_size', 111), '111'),
     (('--batch_size', 99.5), 'batch_size'),
-    (('--aug', "{'rotate': 1}"), 'rotate'), (('--aug', 1), ''), (('--wd', 1), '--wd'),
+    (('--aug', "{'rotate': 1}"), 'rotate'), (('--aug', "{'translate': 1.5}"), '1.5'), (('--aug', 1), ''),
+    (('--scaling_factor', 0), 'scaling'), (('--scaling_factor', 'None'), 'NoneType'), (('--wd', 1), '--wd'),
 ])
 def test_bad_arguments(main, tiny, tmp_path, monkeypatch, arguments, word):
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
@@ -574,6 +575,19 @@ def test_a_log_is_continued_with_its_dtype(main, tiny, monkeypatch):
     assert read('same.jsonl')[1][0]['train_loss'] == runs[1]['train_loss']
 
 
+def test_a_log_of_a_dtype_that_is_too_slow_here(main, tiny):
+    start = ('--data', tiny, '--epochs', 1, '--device', 'cpu', '--log', 'log.jsonl')
+    assert main(*start, '--dtype', 'float32')[0] == 0
+    Path('log.jsonl').write_text(Path('log.jsonl').read_text().replace('"dtype": "float32"', '"dtype": "float16"'))
+    code, out, err = main(*start, '--runs', 2)
+    assert code == 2 and out == '' and 'float16 is missing or far too slow' in err
+
+
+def test_numbers_of_another_kind_are_as_good(main, tiny):
+    code, _, err = main('--data', tiny, '--epochs', 1, '--tta_level', 2.0, '--altflip', 0, '--log', 'log.jsonl')
+    assert code == 0 and len(read('log.jsonl')[1]) == 1, err
+
+
 @pytest.mark.parametrize('key, arguments', [
     ('epochs', ('--epochs', 2)), ('lr', ('--lr', 10)), ('widths', ('--widths', '(8, 8, 16)')),
     ('dtype', ('--dtype', 'float32')), ('seed', ('--seed', 2)), ('script', ()),
@@ -645,6 +659,8 @@ def test_divergence_is_counted_and_never_averaged(main, tiny, monkeypatch):
     bad = {0, 1, 2}
     code, out, _ = main(*start, '--log', 'all.jsonl')
     assert code == 1 and '3 runs, 3 diverged' in out and 'mean' not in out
+    monkeypatch.setenv('WORLD_SIZE', '2')  # torchrun would end the other ranks if one of them failed
+    assert main(*start, '--log', 'rank.jsonl')[0] == 0
 
 
 # Signals and pipes --------------------------------------------------------------------------------

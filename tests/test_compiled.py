@@ -32,6 +32,18 @@ def held_out(tiny):
     return airbench94_compiled.CifarLoader(tiny, False, device='cpu')
 
 
+def test_the_warm_up_is_short(tiny, monkeypatch):
+    calls, test_loader = [], held_out(tiny)
+    test_loader.images, test_loader.labels = torch.empty(10_500, 3, 32, 32), torch.empty(10_500)
+    monkeypatch.setattr(airbench94_compiled, 'train', lambda *args, **options: calls.append((*args, options)))
+    monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
+    warmup(loader(tiny), test_loader)
+    (trained, options), = calls
+    evaluated = options['test_loader'].images
+    assert len(trained) == 3 and [len(images) for images in evaluated.split(2000)] == [2000, 500]
+    assert len(test_loader.images) == 10_500
+
+
 def test_nothing_is_compiled_after_the_warm_up(tiny):
     """The bias is trained, then frozen, and the test set evaluated with and without augmentation."""
     before, history = counters['stats']['unique_graphs'], []

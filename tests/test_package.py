@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import airbench
 import airbench94
+import airbench94_muon
 import airbench95
 import airbench96
 
@@ -21,6 +22,7 @@ def test_it_only_re_exports():
     own = [name for name, value in vars(airbench).items() if getattr(value, '__module__', None) == 'airbench']
     assert own == ['load_net']
     assert airbench.train94 is airbench94.train and airbench.warmup94 is airbench94.warmup
+    assert airbench.train94_muon is airbench94_muon.train and airbench.warmup94_muon is airbench94_muon.warmup
     assert airbench.train95 is airbench95.train and airbench.warmup95 is airbench95.warmup
     assert airbench.train96 is airbench96.train and airbench.warmup96 is airbench96.warmup
     assert airbench.CifarLoader is airbench96.CifarLoader
@@ -44,7 +46,7 @@ def test_the_package_holds_all_modules():
         assert target == f'{command.replace("-", "_")}:main'
 
 
-@pytest.mark.parametrize('train', [airbench.train94, airbench.train95, airbench.train96])
+@pytest.mark.parametrize('train', [airbench.train94, airbench.train94_muon, airbench.train95, airbench.train96])
 def test_each_training_takes_the_one_loader(train, tiny):
     """A subset of the caller's, of one batch, or without augmentation: trained on as it stands, and not changed."""
     loader = airbench.CifarLoader(tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2, cutout=8))
@@ -108,7 +110,7 @@ def test_the_readmes_snippets(code, tiny, monkeypatch, tmp_path):
     (tmp_path / 'cifar10').symlink_to(tiny)
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))  # lest a warm-up change how the process allocates
     code = re.sub(r'epochs=[\d.]+', 'epochs=1', code).replace('batch_size=1024', 'batch_size=100')
-    for module in (airbench94, airbench95, airbench96):
+    for module in (airbench94, airbench94_muon, airbench95, airbench96):
         for name, value in (('widths', (8, 8, 8)), ('epochs', 1), ('batch_size', 100)):
             monkeypatch.setitem(module.hyp, name, value)
     exec(compile(code, 'README.md', 'exec'), {})

@@ -107,8 +107,8 @@ STEPS_ON_CUDA = """
 import sys, torch
 if not torch.cuda.is_available():
     sys.exit(77)
-import airbench94, airbench95, airbench96
-for script in (airbench94, airbench95, airbench96):
+import airbench94, airbench94_muon, airbench95, airbench96
+for script in (airbench94, airbench94_muon, airbench95, airbench96):
     h = script.hyp | dict(widths=(16, 16, 16), batch_size=100)
     loader = script.CifarLoader(sys.argv[1], True, 100, h['aug'], device='cuda')
     net = script.Net(h, 10, 'cuda', torch.float16).train()

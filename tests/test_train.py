@@ -71,6 +71,8 @@ def test_a_long_run_is_announced_once(monkeypatch, tiny, capsys, minute, said):
     assert err == said and 'minutes' not in out
     train(tiny_loader(tiny), epochs=3, verbose=False, history=[], **SMALL)
     assert capsys.readouterr() == ('', '')
+    train(tiny_loader(tiny), epochs=3, batch_size=150, **SMALL)  # the tenth step is in the second epoch of seven steps
+    assert capsys.readouterr().err == said.replace('3', '4')
 
 
 def test_without_a_table_nothing_is_printed_or_evaluated(tiny, capsys, tmp_path, monkeypatch):
@@ -192,11 +194,11 @@ def test_warmup_on_a_device_trains_on_a_few_batches(tiny, monkeypatch):
     test_loader = CifarLoader(tiny, False, device='meta')
     test_loader.images, test_loader.labels = (t.new_empty(10_500, *t.shape[1:]) for t in vars(test_loader).values()
                                               if isinstance(t, torch.Tensor) and len(t) == 96)
-    trained, options = trained_by_warmup(monkeypatch, loader, test_loader, batch_size=100, dtype=torch.float16, lr=3)
+    trained, options = trained_by_warmup(monkeypatch, loader, test_loader, batch_size=100, dtype=torch.float16,
+                                        lr=1e30, bn_momentum=0.3)
     assert len(trained.images) == len(trained.labels) == 300 and options['batch_size'] == 100
-    assert options['lr'] == 3 and options['dtype'] == torch.float16
-    evaluated = options['test_loader']
-    assert [len(batch) for batch in evaluated.images.split(2000)] == [2000, 500] and len(evaluated.labels) == 2500
+    assert options['lr'] < 0.01 and options['bn_momentum'] == 0.3 and options['dtype'] == torch.float16
+    assert options['test_loader'] is test_loader
     assert len(loader.images) == len(loader.labels) == 1100 and len(test_loader.images) == 10_500
 
 

@@ -1,0 +1,192 @@
+"""airbench94_muon.py: its optimiser, crops, test-time augmentation and count of compute, against their formulas."""
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_recipe import Pixel
+from test_speed import CountCalls
+from torch.utils.flop_counter import FlopCounterMode
+
+import airbench94_muon
+from airbench94_muon import (
+    CifarLoader,
+    Net,
+    count_pflops,
+    crop_size,
+    hyp,
+    infer,
+    init_whitening,
+    make_optimizer,
+    merge,
+    orthogonalize,
+    train,
+    train_step,
+)
+
+SMALL = dict(widths=(8, 16, 16), batch_size=100, scaling_factor=1 / 16)
+
+
+def quintic(x):
+    return 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+
+
+def newton_schulz(matrix):
+    """Three steps by the singular values."""
+    u, s, v = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    return u @ torch.diag(quintic(quintic(quintic(s)))) @ v
+
+
+def test_orthogonalize_maps_singular_values_by_three_quintics(monkeypatch):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 16, 50, dtype=torch.float64)
+    assert orthogonalize(matrices).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.Tensor, 'bfloat16', torch.Tensor.double)
+    for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
+        torch.testing.assert_close(result, newton_schulz(matrix), rtol=1e-9, atol=1e-9)
+        assert 0.6 < torch.linalg.svdvals(result).min() <= torch.linalg.svdvals(result).max() < 1.25
+    torch.testing.assert_close(orthogonalize(matrices.mT)[0], newton_schulz(matrices[0].mT), rtol=1e-9, atol=1e-9)
+
+
+def plain_logits(weights, inputs, h):
+    """The network in so many words."""
+    def normed(x, name):
+        x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-12).sqrt()
+        return F.gelu(x + weights[f'{name}.bias'].view(1, -1, 1, 1))
+
+    x = F.gelu(F.conv2d(inputs, weights['whiten.weight'], weights['whiten.bias']))
+    for block in ('blocks.0', 'blocks.1', 'blocks.2'):
+        x = F.max_pool2d(x, 2) if block == 'blocks.2' else x
+        x = F.conv2d(x, weights[f'{block}.conv1.weight'], padding=1)
+        x = normed(x if block == 'blocks.2' else F.max_pool2d(x, 2), f'{block}.norm1')
+        x = normed(F.conv2d(x, weights[f'{block}.conv2.weight'], padding=1), f'{block}.norm2')
+    return x.amax((2, 3)) @ weights['linear.weight'].T * h['scaling_factor']
+
+
+def test_six_steps_are_those_of_the_plain_formulation(tiny, monkeypatch):
+    """Losses and weights in float64, Muon filter by filter. A step before the last freezes the whitening bias."""
+    for name in ('float', 'bfloat16'):
+        monkeypatch.setattr(torch.Tensor, name, torch.Tensor.double)
+    torch.manual_seed(0)
+    h = hyp | SMALL | dict(batch_size=10)
+    loader = CifarLoader(tiny, True, 10, dict(flip=True))
+    net = Net(h, dtype=torch.float64).train()
+    init_whitening(net, loader.normalize(loader.images))
+    optimizer = make_optimizer(net, h)
+    weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+    trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    velocity = {name: torch.zeros_like(weights[name]) for name in trained}
+    for (inputs, labels), step in zip(loader, range(6), strict=False):
+        inputs = inputs[..., 4:28, 4:28] if step < 3 else inputs
+        for group in optimizer.param_groups:
+            group['lr'] = group['peak_lr'] * (1 - step / 6)
+        if step == 4:
+            net.whiten.bias.requires_grad_(False)
+            trained.remove('whiten.bias')
+        loss, _ = train_step(net, optimizer, inputs, labels, h['label_smoothing'])
+        for name in trained:
+            weights[name].requires_grad_()
+        plain = F.cross_entropy(plain_logits(weights, inputs, h), labels, label_smoothing=0.2, reduction='sum')
+        grads = torch.autograd.grad(plain, [weights[name] for name in trained])
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-9)
+        for name, grad in zip(trained, grads, strict=True):
+            weight = weights[name] = weights[name].detach()
+            if 'conv' in name:
+                velocity[name] = 0.6 * velocity[name] + grad
+                update = newton_schulz((grad + 0.6 * velocity[name]).flatten(1)).view_as(weight)
+                weights[name] = weight * len(weight)**0.5 / weight.norm() - 0.24 * (1 - step / 6) * update
+            else:
+                peak = 0.67 if name == 'linear.weight' else 0.053
+                grad = grad + 2e-6 * 10 / peak * weight
+                velocity[name] = 0.85 * velocity[name] + grad
+                weights[name] = weight - peak * (1 - step / 6) * (grad + 0.85 * velocity[name])
+    for name in weights:
+        if weights[name].is_floating_point() and 'running' not in name:
+            difference = (net.state_dict()[name] - weights[name]).norm() / weights[name].norm()
+            assert difference < 1e-8, (name, difference)
+
+
+def test_head_and_logits_at_the_start():
+    net = Net()
+    assert net.linear.weight.std().item() == pytest.approx(1, rel=1e-3)
+    assert net.scaling_factor == 1 / net.linear.in_features
+
+
+def test_the_crops_of_each_step(tiny, monkeypatch):
+    seen, real_step = [], train_step
+    monkeypatch.setattr(airbench94_muon, 'train_step', lambda net, optimizer, inputs, *rest: (
+        seen.append(tuple(inputs.shape)), real_step(net, optimizer, inputs, *rest))[1])
+    loader = CifarLoader(tiny, True, 100, hyp['aug'])
+    train(loader, epochs=20 / 11, verbose=False, dtype=torch.float32, **SMALL)
+    assert [shape[-1] for shape in seen] == [24] * 8 + [28] * 6 + [32] * 6
+    assert all(shape == (100, 3, shape[-1], shape[-1]) for shape in seen)
+    assert [crop_size(hyp, step, 263) for step in (0, 105, 106, 184, 185, 262)] == [24, 24, 28, 28, 32, 32]
+
+
+@pytest.mark.parametrize('key, value', [
+    ('crops', ((24, 0.5), (32, 0.9))), ('crops', ((40, 1.0),)), ('crops', ((8, 0.1), (32, 1.0))), ('muon_momentum', 1),
+    ('lr', 0), ('bias_lr', -1), ('head_lr', math.nan)])
+def test_values_that_make_no_sense(key, value):
+    with pytest.raises(ValueError, match=f'{key} cannot be'):
+        merge({key: value})
+
+
+def test_nine_translations_for_the_least_sure_quarter():
+    torch.manual_seed(0)
+    loader = SimpleNamespace(images=torch.rand(40, 3, 32, 32), normalize=lambda images: images)
+    net, image = Pixel(13, 7), loader.images
+    pair = (image[:, :, 13, 7] + image[:, :, 13, 24]) / 2
+    torch.testing.assert_close(infer(net, loader, 0), image[:, :, 13, 7])
+    torch.testing.assert_close(infer(net, loader, 1), pair)
+    best = pair.softmax(1).sort(1).values
+    unsure = (best[:, -1] - best[:, -2]).argsort()[:10]
+    around = (image[:, :, 12:15, 6:9].mean((2, 3)) + image[:, :, 12:15, 23:26].mean((2, 3))) / 2
+    logits = infer(net, loader, 2)
+    torch.testing.assert_close(logits[unsure], around[unsure])
+    pair[unsure] = around[unsure]
+    torch.testing.assert_close(logits, pair)
+
+
+def test_pflops_are_those_of_a_whole_run(tiny, monkeypatch):
+    """Every forward pass and every orthogonalisation of a training and its evaluation, counted as they happen."""
+    flops, real_forward, real_orthogonalize = Counter(), Net.forward, orthogonalize
+
+    def counted(kind, function, *args):
+        with FlopCounterMode(display=False) as counter:
+            result = function(*args)
+        flops[kind] += counter.get_total_flops()
+        return result
+    monkeypatch.setattr(Net, 'forward', lambda net, x: counted(
+        'training' if net.training else 'evaluation', real_forward, net, x))
+    monkeypatch.setattr(airbench94_muon, 'orthogonalize', lambda x: counted('muon', real_orthogonalize, x))
+    h = merge(SMALL | dict(epochs=20 / 11))
+    net = train(CifarLoader(tiny, True, 100, hyp['aug']), verbose=False, dtype=torch.float32, epochs=20 / 11, **SMALL)
+    infer(net, CifarLoader(tiny, False), 2)
+    counts = dict(flops)
+    assert set(counts) == {'training', 'evaluation', 'muon'} and min(counts.values()) > 0
+    monkeypatch.undo()
+    assert count_pflops(h, 20, 96) * 1e15 == 3 * counts['training'] + counts['evaluation'] + counts['muon']
+    assert count_pflops(h, 20, 0) * 1e15 == 3 * counts['training'] + counts['muon']
+
+
+def test_float16_steps_on_the_meta_device():
+    """Whole steps of the CUDA recipe at full size: dtypes, and how many calls, Muon's batched over equal shapes."""
+    net = Net(device='meta', dtype=torch.float16).train()
+    optimizer = make_optimizer(net, hyp)
+    for group in optimizer.param_groups:
+        group['foreach'] = True  # fused, as on CUDA, there is no implementation for meta tensors
+    labels = torch.empty(2000, dtype=torch.int64, device='meta')
+    for size in (24, 28, 32):
+        inputs = torch.empty(2000, 3, size, size, dtype=torch.float16, device='meta')
+        with CountCalls() as counted:
+            loss, logits = train_step(net, optimizer, inputs, labels, hyp['label_smoothing'])
+        assert loss.dtype == logits.dtype == torch.float32 and loss.shape == () and logits.shape == (2000, 10)
+        net.whiten.bias.requires_grad_(False)
+    assert all(p.dtype == (torch.float32 if 'norm' in name else torch.float16) for name, p in net.named_parameters())
+    calls = Counter(counted.calls)
+    assert calls['aten.baddbmm.default'] == 4 * 3 * 2 and calls['aten.bmm.default'] == 4 * 3  # 4 shapes, 3 steps
+    assert len(counted.calls) <= 195, calls
+    assert not {call for call in calls if 'local_scalar' in call or 'nonzero' in call}  # which wait for the GPU
