@@ -45,15 +45,16 @@ def pflops_by_epoch(header, run):
     hyp = header['hyperparameters']
     steps_an_epoch = IMAGES // hyp['batch_size']
     steps = math.ceil(hyp['epochs'] * steps_an_epoch)
-    costs = [3.0] * steps  # of a step in forward passes of its batch, and of the whole image
-    if 'crops' in hyp:  # of which a forward pass costs less
+    if 'crops' in hyp:  # a step costs by the size of its images
         import airbench94_muon as script
         of_size = {size: script.count_pflops(hyp | dict(crops=((size, 1.0), (32, 2.0))), 1, 0)
                    for size, _ in hyp['crops']}
-        image = script.count_pflops(hyp | dict(tta_level=0), 0, 1)
-        costs = [of_size[script.crop_size(hyp, step, steps)] / image / hyp['batch_size'] for step in range(steps)]
-    views = sum(costs) * hyp['batch_size']  # a training image costs three forward passes, a test image one a view
-    training = run['pflops'] * views / (views + VIEWS[hyp['tta_level']] * TEST_IMAGES)
+        costs = [of_size[script.crop_size(hyp, step, steps)] for step in range(steps)]
+        training = run['pflops'] - script.count_pflops(hyp, 0, TEST_IMAGES)
+    else:
+        costs = [1] * steps
+        views = 3 * steps * hyp['batch_size']  # a training image costs three forward passes, a test image one a view
+        training = run['pflops'] * views / (views + VIEWS[hyp['tta_level']] * TEST_IMAGES)
     return [training * sum(costs[:(i + 1) * steps_an_epoch]) / sum(costs) for i in range(len(run['val_acc']))]
 
 

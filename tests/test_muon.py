@@ -97,7 +97,7 @@ def test_six_steps_are_those_of_the_plain_formulation(tiny, monkeypatch):
             if 'conv' in name:
                 velocity[name] = 0.6 * velocity[name] + grad
                 update = newton_schulz((grad + 0.6 * velocity[name]).flatten(1)).view_as(weight)
-                weights[name] = weight * len(weight)**0.5 / weight.norm() - 0.24 * (1 - step / 6) * update
+                weights[name] = weight * len(weight)**0.5 / weight.norm() - 0.3 * (1 - step / 6) * update
             else:
                 peak = 0.67 if name == 'linear.weight' else 0.053
                 grad = grad + 2e-6 * 10 / peak * weight
@@ -134,7 +134,7 @@ def test_values_that_make_no_sense(key, value):
         merge({key: value})
 
 
-def test_nine_translations_for_the_least_sure_quarter():
+def test_translations_for_the_least_sure_eighth():
     torch.manual_seed(0)
     loader = SimpleNamespace(images=torch.rand(40, 3, 32, 32), normalize=lambda images: images)
     net, image = Pixel(13, 7), loader.images
@@ -142,11 +142,10 @@ def test_nine_translations_for_the_least_sure_quarter():
     torch.testing.assert_close(infer(net, loader, 0), image[:, :, 13, 7])
     torch.testing.assert_close(infer(net, loader, 1), pair)
     best = pair.softmax(1).sort(1).values
-    unsure = (best[:, -1] - best[:, -2]).argsort()[:10]
-    around = (image[:, :, 12:15, 6:9].mean((2, 3)) + image[:, :, 12:15, 23:26].mean((2, 3))) / 2
+    unsure = (best[:, -1] - best[:, -2]).argsort()[:5]
+    around = (image[:, :, 12:15, 6:9].sum((2, 3)) + image[:, :, 12:15, 23:26].sum((2, 3))) / 2
     logits = infer(net, loader, 2)
-    torch.testing.assert_close(logits[unsure], around[unsure])
-    pair[unsure] = around[unsure]
+    pair[unsure] = (around + pair)[unsure] / 10  # the pair counts twice, each of the eight translations once
     torch.testing.assert_close(logits, pair)
 
 
