@@ -3,8 +3,7 @@
 This is the base recipe: three blocks of two convolutions each, trained for 9.9 epochs.
 Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").
 
-    python airbench94.py --data synthetic --epochs 1    # a trial that needs neither data nor network
-    python airbench94.py                                # --help lists the options
+With --data synthetic --epochs 1 it is a trial that needs neither data nor network. --help lists the options.
 """
 
 import argparse

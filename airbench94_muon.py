@@ -3,8 +3,7 @@
 Relative to airbench94.py: Muon for the filters, crops at first, a last block that pools first, selective augmentation.
 Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").
 
-    python airbench94.py --data synthetic --epochs 1    # a trial that needs neither data nor network
-    python airbench94.py                                # --help lists the options
+With --data synthetic --epochs 1 it is a trial that needs neither data nor network. --help lists the options.
 """
 
 import argparse
@@ -37,12 +36,12 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 hyp = dict(
     epochs=10.95,
     batch_size=2000,
-    lr=0.3,  # of Muon, which trains the filters, as is its momentum
+    lr=0.3,  # of Muon, which trains the blocks' filters
     muon_momentum=0.6,
     bias_lr=0.053,
     head_lr=0.67,
     momentum=0.85,
-    weight_decay=2e-6,  # of biases and head, for each image of the batch, and whatever the lr
+    weight_decay=2e-6,  # of biases and head, for each image of a batch, whatever the lr
     label_smoothing=0.2,
     whiten_bias_epochs=3,  # the whitening layer's bias trains for so many epochs, then stays
     crops=((24, 0.4), (28, 0.7), (32, 1.0)),  # pixels, until this share of the steps

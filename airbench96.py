@@ -3,8 +3,7 @@
 Relative to airbench94.py: 40 epochs, wider blocks with a third convolution and a residual, translation by 4, cutout.
 Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").
 
-    python airbench94.py --data synthetic --epochs 1    # a trial that needs neither data nor network
-    python airbench94.py                                # --help lists the options
+With --data synthetic --epochs 1 it is a trial that needs neither data nor network. --help lists the options.
 """
 
 import argparse

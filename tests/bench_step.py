@@ -116,17 +116,19 @@ def pieces(module, device, dtype):
         module.train_step(net, optimizer, inputs, labels, hyp['label_smoothing'])
 
     views = convolutions(net, test.images.to(inputs.dtype), dtype, backward=False)
-    count = (1, 2, 6)[hyp['tta_level']]
-    return {
+    count = (1, 2, 4 if 'crops' in hyp else 6)[hyp['tta_level']]
+    functions = {
         'step': train,
         'convolutions': convolutions(net, inputs, dtype, backward=True),
         'float32 step': lambda: module.train_step(net32.train(), optimizer32, inputs.float(), labels,
                                                   hyp['label_smoothing']),
         'loader': next_batch,
-        'lookahead': lambda: module.lookahead_update(average, state, decay=0.5),
         'evaluation': lambda: module.infer(net, test, hyp['tta_level']),
         'its convolutions': lambda: [views() for _ in range(count)],
     }
+    if hasattr(module, 'lookahead_update'):
+        functions['lookahead'] = lambda: module.lookahead_update(average, state, decay=0.5)
+    return functions
 
 
 def timed(function, device, module):

@@ -72,10 +72,9 @@ def processor(script, run):
 def test_the_times_on_each_processor_are_logged_ones():
     """Of the processor's own runs: the log names it too, and its instruction set if it is not one of the oldest."""
     lines = re.search(r'^\| processor \|(?:.*\n\|)*.*', (ROOT / 'README.md').read_text(), re.MULTILINE)[0].splitlines()
-    (*_, one, two, three, four), _, *rows = ([cell.strip(' `') for cell in line.strip('|').split('|')]
-                                             for line in lines)
-    scripts = [name.removesuffix('.py') for name in (one, two, three, four)]
-    assert scripts == list(table()) and all(any(column) for column in zip(*rows, strict=True))
+    (_, _, _, *names), _, *rows = ([cell.strip(' `') for cell in line.strip('|').split('|')] for line in lines)
+    scripts = [name.removesuffix('.py') for name in names]
+    assert scripts == list(table()) and all(map(any, zip(*rows, strict=True)))
     logs = {script: summarize.read_logs([ROOT / 'results' / f'{script}.jsonl']) for script in scripts}
     *rows, (name, _, dtype, *cells) = rows
     assert (name, dtype, cells) == ('NVIDIA A100', 'float16', [summarize.PUBLISHED[script][2] for script in scripts])
@@ -108,3 +107,15 @@ def test_each_log_is_explained():
 def test_ci_calls_the_readmes_test_command():
     command, = re.findall(r'^    (pip install .*pytest)$', (ROOT / 'README.md').read_text(), re.MULTILINE)
     assert command in (ROOT / '.ci' / 'run').read_text()
+
+
+def test_the_table_of_the_search_is_its_log():
+    lines = re.findall(r'^\| .* \| \d{4} \|.*$', (ROOT / 'results' / 'search_94_muon.md').read_text(), re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
+    runs = {run['seed']: run for run in map(json.loads, open(ROOT / 'results' / 'search_94_muon.jsonl'))}
+    assert [int(row[1]) for row in rows] == list(runs)
+    for row, run in zip(rows, runs.values(), strict=True):
+        loss = f'{run["selective_loss"]:.4f}' if 'selective_loss' in run else ''
+        assert row[2:] == [str(run['steps']), f'{run["epochs"]:.1f}', f'{run["pflops"]:.4f}',
+                           f'{run["selective_views"]:g}', f'{100 * run["mirror"]:.2f}', f'{100 * run["selective"]:.2f}',
+                           loss]
