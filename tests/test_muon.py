@@ -97,7 +97,7 @@ def test_six_steps_are_those_of_the_plain_formulation(tiny, monkeypatch):
             if 'conv' in name:
                 velocity[name] = 0.6 * velocity[name] + grad
                 update = newton_schulz((grad + 0.6 * velocity[name]).flatten(1)).view_as(weight)
-                weights[name] = weight * len(weight)**0.5 / weight.norm() - 0.3 * (1 - step / 6) * update
+                weights[name] = weight * len(weight)**0.5 / weight.norm() - hyp['lr'] * (1 - step / 6) * update
             else:
                 peak = 0.67 if name == 'linear.weight' else 0.053
                 grad = grad + 2e-6 * 10 / peak * weight
