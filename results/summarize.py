@@ -21,6 +21,7 @@ KEYS = dict(header={*SAME, 'device', 'synthetic'}, run={'seed', 'diverged', 'tta
 PUBLISHED = {  # by the paper: accuracy in percent, PFLOPs a run; and seconds on an A100, for the table of processors
     'airbench94': ('94.01', '0.36', '3.83 s'),
     'airbench94_compiled': ('94.01', '0.36', '3.29 s'),
+    'airbench94_muon': ('', '', ''),
     'airbench95': ('95.01', '1.4', '10.4 s'),
     'airbench96': ('96.05', '7.5', '46.3 s'),
 }
