@@ -51,7 +51,7 @@ hyp = dict(
     widths=(64, 256, 256),
     bn_momentum=0.4,  # PyTorch's convention: the weight of the new batch
     scaling_factor=1 / 9,  # of the logits
-    tta_level=2,  # 0: the image; 1: and its mirror; 2: and two one-pixel translations of both
+    tta_level=2,  # 0: the image; 1: and its mirror; 2: and one-pixel translations of both
 )
 
 # ---------------------------------------------- Data ----------------------------------------------
@@ -464,8 +464,9 @@ def count_pflops(h, steps, test_size, num_classes=10):
     """By the paper's convention: a training image costs three forward passes, a view in test-time augmentation one."""
     from torch.utils.flop_counter import FlopCounterMode  # here, because it can import Triton, which takes a while
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Net(h, num_classes, 'meta')(torch.empty(1, 3, 32, 32, device='meta'))
-    return counter.get_total_flops() * (3 * steps * h['batch_size'] + (1, 2, 6)[int(h['tta_level'])] * test_size) / 1e15
+        images = 3 * steps * h['batch_size'] + (1, 2, 6)[int(h['tta_level'])] * test_size
+        Net(h, num_classes, 'meta')(torch.empty(images, 3, 32, 32, device='meta'))
+    return counter.get_total_flops() / 1e15
 
 
 def continue_log(path, header, device):
@@ -564,7 +565,7 @@ def main():
             except FloatingPointError as error:
                 print(f'run {i}: {error}', file=sys.stderr)
             columns = {key: [row[key] if math.isfinite(row[key]) else None for row in rows if key in row]
-                       for key in ('train_loss', 'train_acc', 'val_acc', 'time_seconds')}  # JSON has no NaN
+                       for key in ('train_loss', 'train_acc', 'val_acc', 'time_seconds', 'steps')}  # JSON: no NaN
             pflops = count_pflops(h, rows[-1]['steps'], len(loaders[1].images), len(loaders[0].classes))
             runs.append(dict(type='run', run=i, seed=seed + i, diverged=net is None, **columns, pflops=pflops,
                              tta_val_acc=rows[-1].get('tta_val_acc'), seconds=rows[-1]['time_seconds']))

@@ -47,15 +47,16 @@ def pflops_by_epoch(header, run):
     steps = math.ceil(hyp['epochs'] * steps_an_epoch)
     if 'crops' in hyp:  # a step costs by the size of its images
         import airbench94_muon as script
-        of_size = {size: script.count_pflops(hyp | dict(crops=((size, 1.0), (32, 2.0))), 1, 0)
-                   for size, _ in hyp['crops']}
+        of_size = {size: script.count_pflops(hyp | dict(crops=((size, 1.0),)), 1, 0)
+                   for size in {32, *(size for size, _ in hyp['crops'])}}
         costs = [of_size[script.crop_size(hyp, step, steps)] for step in range(steps)]
         training = run['pflops'] - script.count_pflops(hyp, 0, TEST_IMAGES)
     else:
         costs = [1] * steps
         views = 3 * steps * hyp['batch_size']  # a training image costs three forward passes, a test image one a view
         training = run['pflops'] * views / (views + VIEWS[hyp['tta_level']] * TEST_IMAGES)
-    return [training * sum(costs[:(i + 1) * steps_an_epoch]) / sum(costs) for i in range(len(run['val_acc']))]
+    done = run.get('steps', [(i + 1) * steps_an_epoch for i in range(len(run['val_acc']))])  # older logs have none
+    return [training * sum(costs[:steps]) / sum(costs) for steps, _ in zip(done, run['val_acc'], strict=False)]
 
 
 def new_axes(plt, size):

@@ -31,7 +31,16 @@ base = dict(
     moved_crops=False,  # crops of images already moved by up to `translate`, as from the scripts' loader
     one_bias_lr=False,  # the whitening bias's lr is that of the other biases until it is frozen, at an epoch's end
     lookahead=False,  # as in airbench94.py
-    extra=0,  # convolutions more in block 3, with a residual
+    mids=None,  # the blocks' channels after their first convolution, if not `widths`
+    extra=[0, 0, 0],  # a third convolution in the block, with a residual
+    head='max',  # or maxavg: the mean of the maximum and the average over positions
+    ghost=0,  # BatchNorm over so many images at a time
+    dropout=0.0,  # of the features before the head
+    cutout=0,  # pixels
+    lr_end=0.0,  # share of the peak
+    ema=None,  # [start, decay]: from this share of the steps, the average of the weights that is tested
+    freeze=1.0,  # block 1 trains for this share of the steps, its lr falling to 0, and then has no backward pass
+    prune=None,  # [start, share]: then the share of images with least loss, when last seen, is skipped every other time
     tta_share=0.25)
 
 data = {}
@@ -51,8 +60,19 @@ def conv3(cin, cout):
     return conv
 
 
-def norm(channels, momentum):
-    module = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
+class GhostNorm(nn.BatchNorm2d):
+    size = 0
+
+    def forward(self, x):
+        if not self.training or not self.size:
+            return super().forward(x)
+        return torch.cat([super(GhostNorm, self).forward(part) for part in x.split(self.size)])
+
+
+def norm(channels, h):
+    momentum = 1 - (1 - h.bn_momentum)**(h.ghost / 2000) if h.ghost else h.bn_momentum
+    module = GhostNorm(channels, eps=1e-12, momentum=momentum)
+    module.size = h.ghost
     module.weight.requires_grad = False
     return module
 
@@ -60,19 +80,17 @@ def norm(channels, momentum):
 class Block(nn.Module):
     def __init__(self, cin, cout, h, i):
         super().__init__()
-        self.pool_first = h.pool_first[i]
-        self.conv1, self.norm1 = conv3(cin, cout), norm(cout, h.bn_momentum)
-        self.conv2, self.norm2 = conv3(cout, cout), norm(cout, h.bn_momentum)
+        self.pool_first, middle = h.pool_first[i], h.mids[i] if h.mids else cout
+        self.conv1, self.norm1 = conv3(cin, middle), norm(middle, h)
+        self.conv2, self.norm2 = conv3(middle, cout), norm(cout, h)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
-        if h.extra and i == 2:
-            self.conv3, self.norm3 = conv3(cout, cout), norm(cout, h.bn_momentum)
+        if h.extra[i]:
+            self.conv3, self.norm3 = conv3(cout, cout), norm(cout, h)
 
     def forward(self, x):
         x = self.conv1(F.max_pool2d(x, 2)) if self.pool_first else F.max_pool2d(self.conv1(x), 2)
-        x = self.act(self.norm1(x))
-        if hasattr(self, 'conv3'):
-            return self.act(self.norm3(self.conv3(self.act(self.norm2(self.conv2(x))))) + x)
-        return self.act(self.norm2(self.conv2(x)))
+        x = self.act(self.norm2(self.conv2(self.act(self.norm1(x)))))
+        return self.act(self.norm3(self.conv3(x)) + x) if hasattr(self, 'conv3') else x
 
 
 class Net(nn.Module):
@@ -86,12 +104,15 @@ class Net(nn.Module):
         self.linear = nn.Linear(h.widths[-1], 10, bias=False)
         with torch.no_grad():
             self.linear.weight /= self.linear.weight.std()
+        self.head, self.dropout = h.head, nn.Dropout(h.dropout)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast('cpu', torch.bfloat16) if x.device.type == 'cpu' else nullcontext():
-            x = self.linear(self.blocks(F.gelu(self.whiten(x))).amax((2, 3)))
+            x = self.blocks(F.gelu(self.whiten(x)))
+            x = x.amax((2, 3)) if self.head == 'max' else (x.amax((2, 3)) + x.mean((2, 3))) / 2
+            x = self.linear(self.dropout(x))
         return x.float() / self.linear.in_features
 
 
@@ -128,7 +149,9 @@ def forward_flops(h, size):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, 3, size, size, device='meta'))
     shapes = [p.shape for p in net.parameters() if p.ndim == 4 and p.requires_grad]
-    return counter.get_total_flops(), muon_flops(shapes, h.ns_steps)
+    with torch.no_grad(), FlopCounterMode(display=False) as block:
+        net.blocks[0](net.whiten(torch.empty(1, 3, size, size, device='meta')))
+    return counter.get_total_flops(), muon_flops(shapes, h.ns_steps), block.get_total_flops()
 
 
 def views_shift(images, dy, dx):
@@ -186,7 +209,12 @@ def batches(h, epoch, flip_mask, order, size, how, batch_size):
         if h.contrast or h.brightness:
             x = x * (1 + h.contrast * (2 * torch.rand(len(x), 1, 1, 1) - 1))
             x = x + h.brightness * (2 * torch.rand(len(x), 1, 1, 1) - 1)
-        yield x, labels[idx]
+        if h.cutout:
+            y0, x0 = (torch.randint(x.size(-1) - h.cutout + 1, (len(x), 1, 1, 1)) for _ in range(2))
+            at = torch.arange(x.size(-1))
+            inside = [(at >= start) & (at < start + h.cutout) for start in (y0, x0)]
+            x = x.masked_fill(inside[0].mT & inside[1], 0)
+        yield x, labels[idx], idx
 
 
 def stage_of(h, frac):
@@ -212,8 +240,12 @@ def run(changes, seed):
     flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages} | {32}}
     muon = flops[32][1]
     tta = (2 + 16 * h.tta_share) * 10000 * flops[32][0]
-    per_step = sum(share * 3 * batch_size * flops[size][0] for share, size, _, batch_size in h.stages) + muon
-    steps = round((h.budget * 1e15 - tta) / per_step)
+    def cost(size, batch_size, frac):
+        return batch_size * (3 * flops[size][0] - (2 * flops[size][2] if frac >= h.freeze else 0)) + muon
+
+    grid = [(i + 0.5) / 1000 for i in range(1000)]
+    steps = round((h.budget * 1e15 - tta) * 1000 / sum(cost(size, batch_size, frac) for frac in grid
+                                                       for size, _, batch_size in [stage_of(h, frac)]))
 
     net = Net(h).train()
     filters = [p for p in net.parameters() if p.ndim == 4 and p.requires_grad]
@@ -228,19 +260,31 @@ def run(changes, seed):
     start = time.perf_counter()
     init_whitening(net, data['train'][0][:h.whiten_images])
     flip_mask = torch.rand(50000) < 0.5
-    step, epoch, seen, spent, losses = 0, 0, 0, 0.0, []
+    loss_of, skipped = torch.full((50000,), math.inf), torch.zeros(50000, dtype=torch.bool)
+    names = {p: name for name, p in net.named_parameters()}
+    averaging = False
+    step, epoch, seen, spent, losses, accs = 0, 0, 0, 0.0, [], []
     while step < steps:
         size, how, batch_size = stage_of(h, step / steps)
-        for x, y in batches(h, epoch, flip_mask, torch.randperm(50000), size, how, batch_size):
+        order = torch.randperm(50000)
+        if h.prune and step >= h.prune[0] * steps:
+            easy = (loss_of < loss_of.quantile(h.prune[1])) & ~skipped
+            order, skipped = order[~easy[order]], easy
+        for x, y, idx in batches(h, epoch, flip_mask, order, size, how, batch_size):
             if step >= steps or stage_of(h, step / steps) != [size, how, batch_size]:
                 break
-            factor, whitened = 1 - step / steps, seen / (h.whiten_bias_epochs * 50000)
+            factor, whitened = 1 - (1 - h.lr_end) * step / steps, seen / (h.whiten_bias_epochs * 50000)
+            frozen = step >= h.freeze * steps
+            if frozen:
+                net.blocks[0].requires_grad_(False)
             for group, peak in zip(sgd.param_groups, peaks, strict=True):
                 group['lr'] = peak * factor
             if not h.one_bias_lr:
                 sgd.param_groups[0]['lr'] = h.bias_lr * max(0, 1 - whitened)
             net.whiten.bias.requires_grad_(whitened < 1)
-            loss = F.cross_entropy(net(x), y, label_smoothing=h.label_smoothing, reduction='sum')
+            logits = net(x)
+            each = F.cross_entropy(logits, y, label_smoothing=h.label_smoothing, reduction='none')
+            loss, loss_of[idx] = each.sum(), each.detach()
             sgd.zero_grad()
             for p in filters:
                 p.grad = None
@@ -248,24 +292,34 @@ def run(changes, seed):
             sgd.step()
             with torch.no_grad():
                 for p, buffer in zip(filters, moment, strict=True):
+                    early = h.freeze < 1 and names[p].startswith('blocks.0')
+                    if early and frozen:
+                        continue
                     buffer.mul_(h.muon_momentum).add_(p.grad)
                     grad = p.grad.add(buffer, alpha=h.muon_momentum)
                     if step % h.renorm == 0:
                         p.mul_(len(p)**0.5 / p.norm())
                     update = orthogonalize(grad.flatten(1), h.ns_steps)
-                    p.add_(update.view_as(p).to(p.dtype), alpha=-h.muon_lr * factor)
+                    decayed = 1 - step / (h.freeze * steps) if early else factor
+                    p.add_(update.view_as(p).to(p.dtype), alpha=-h.muon_lr * decayed)
             losses.append(loss.item() / len(y))
-            spent += 3 * batch_size * flops[size][0] + muon
+            accs.append(acc(logits, y))
+            spent += cost(size, batch_size, step / steps)
             seen += len(y)
             step += 1
             if h.lookahead and step % 5 == 0:
                 lookahead_update(average, state, 0.95**5 * (step / steps)**3)
+            if h.ema and step >= h.ema[0] * steps:
+                for slow, fast in zip(average, state, strict=True):
+                    slow.lerp_(fast, 1 - h.ema[1] if averaging else 1.0)
+                averaging = True
         epoch += 1
-    if h.lookahead:
+    if h.lookahead or h.ema:
         lookahead_update(average, state, 1.0)
     seconds = time.perf_counter() - start
     return dict(changes=changes, seed=seed, steps=steps, epochs=seen / 50000, pflops=(spent + tta) / 1e15,
-                train_loss=sum(losses[-10:]) / 10, train_seconds=seconds, **evaluate(net, h))
+                train_loss=sum(losses[-10:]) / 10, train_acc=sum(accs[-10:]) / 10, train_seconds=seconds,
+                **evaluate(net, h))
 
 
 def main():

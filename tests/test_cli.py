@@ -120,7 +120,7 @@ def test_log(series, tiny):
     for i, run in enumerate(runs):
         assert run['run'] == i and run['seed'] == 7 + i and run['diverged'] is False
         assert all(len(run[key]) == 2 for key in ('train_loss', 'train_acc', 'val_acc'))
-        assert run['seconds'] == run['time_seconds'][-1] > run['time_seconds'][0]
+        assert run['seconds'] == run['time_seconds'][-1] > run['time_seconds'][0] and run['steps'] == [1, 2, 2]
         assert run['pflops'] == airbench94.count_pflops(h, 2, 96) > 0
 
 

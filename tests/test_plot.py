@@ -60,10 +60,12 @@ def test_the_compute_of_crops(logs):
     hyp = script.hyp | dict(epochs=2.0)  # 50 steps: 20 of 24 pixels, 15 of 28, 15 of 32
     run = a_run(0, [0.5, 0.8], 0.9) | dict(pflops=script.count_pflops(hyp, 50, 10_000))
     header = dict(hyperparameters=hyp)
-    count = {size: script.count_pflops(hyp | dict(crops=((size, 1.0), (32, 2.0))), 1, 0) for size in (24, 28, 32)}
+    count = {size: script.count_pflops(hyp | dict(crops=((size, 1.0),)), 1, 0) for size in (24, 28, 32)}
     training = 20 * count[24] + 15 * count[28] + 15 * count[32]
     assert plot.pflops_by_epoch(header, run) == pytest.approx([20 * count[24] + 5 * count[28], training])
     assert training + script.count_pflops(hyp, 0, 10_000) == pytest.approx(run['pflops'])
+    shorter = run | dict(steps=[10, 50, 50])  # passes over a part, and the evaluation's row
+    assert plot.pflops_by_epoch(header, shorter) == pytest.approx([10 * count[24], training])
 
 
 def test_its_faults(tmp_path, capsys, logs):
