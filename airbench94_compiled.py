@@ -117,7 +117,7 @@ class CifarLoader:
             inputs = self.normalize(self.images[indices])
             if self.aug.get('flip'):
                 inputs = torch.where(flip_mask[indices].view(-1, 1, 1, 1), inputs.flip(-1), inputs)
-            if translate := self.aug.get('translate'):
+            if translate := int(self.aug.get('translate', 0)):
                 inputs = batch_crop(F.pad(inputs, (translate,) * 4, mode='reflect'), inputs.size(-1))
             yield inputs, self.labels[indices]
 

@@ -36,7 +36,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 hyp = dict(
     epochs=15.15,
     batch_size=2000,
-    lr=2.9,  # decoupled from momentum and batch_size, as weight_decay is from all three; see make_optimizer
+    lr=2.9,  # of the head; decoupled from momentum and batch_size, as weight_decay from all three; see make_optimizer
     momentum=0.85,
     weight_decay=0.0153,
     bias_scaler=144.0,  # the biases learn this much faster
@@ -117,7 +117,7 @@ class CifarLoader:
             inputs = self.normalize(self.images[indices])
             if self.aug.get('flip'):
                 inputs = torch.where(flip_mask[indices].view(-1, 1, 1, 1), inputs.flip(-1), inputs)
-            if translate := self.aug.get('translate'):
+            if translate := int(self.aug.get('translate', 0)):
                 inputs = batch_crop(F.pad(inputs, (translate,) * 4, mode='reflect'), inputs.size(-1))
             yield inputs, self.labels[indices]
 
@@ -134,7 +134,7 @@ def conv3x3(channels_in, channels_out):
 class Block(nn.Module):
     def __init__(self, channels_in, channels_out, bn_momentum, pool_first):
         super().__init__()
-        self.pool_first, channels_mid = pool_first, min(2 * channels_in, channels_out)  # many are lost in the pool
+        self.pool_first, channels_mid = pool_first, min(2 * channels_in, channels_out)  # the pool drops 3/4 of them
         self.conv1 = conv3x3(channels_in, channels_mid)
         self.norm1 = nn.BatchNorm2d(channels_mid, eps=1e-12, momentum=bn_momentum)
         self.conv2 = conv3x3(channels_mid, channels_out)
@@ -186,7 +186,7 @@ def init_whitening(net, images, eps=5e-4):
 # ------------------------------------------ Optimisation ------------------------------------------
 
 def orthogonalize(matrix):
-    """Makes singular values nearly 1, by three quintic Newton-Schulz steps in bfloat16 (K. Jordan, "Muon", 2024)."""
+    """Moves singular values towards 1, by three quintic Newton-Schulz steps in bfloat16 (K. Jordan, "Muon", 2024)."""
     x = F.normalize(matrix.bfloat16(), dim=(0, 1))
     for _ in range(3):
         gram = x.mm(x.T)
@@ -197,12 +197,12 @@ def orthogonalize(matrix):
 @torch.no_grad()
 def muon(optimizer):
     """Before an SGD step: gives the filters the norm sqrt(out), and as gradients their orthogonalised momentum."""
-    *_, group = optimizer.param_groups
+    group = optimizer.param_groups[-1]
     for p, buffer in zip(group['params'], group['buffers'], strict=True):
         buffer.mul_(group['muon_momentum']).add_(p.grad)
         nesterov = p.grad.add(buffer, alpha=group['muon_momentum'])
         p.grad.copy_(orthogonalize(nesterov.flatten(1)).view_as(p))
-        p.div_(p.norm() / len(p)**0.5)
+        p.div_(p.norm() / len(p)**0.5)  # BatchNorm hides the norm, which sets how far a step turns the filters
 
 
 def make_optimizer(net, h):
@@ -222,10 +222,12 @@ def make_optimizer(net, h):
 
 
 def lr_factor(step, total_steps):
+    """From 1 down to 0."""
     return 1 - step / total_steps
 
 
 def crop_size(h, step, total_steps):
+    """In pixels."""
     return next((size for size, until in h['crops'] if step < until * total_steps), 32)
 
 
@@ -257,7 +259,7 @@ def infer(net, loader, tta_level=0):
         logits.append(sum(weight * net(view).float() for weight, view in views))
     net.train(was_training)
     logits = torch.cat(logits)
-    if tta_level == 2:
+    if tta_level == 2:  # more views of the eighth with the least margin; the pair counts twice
         few, unsure = copy.copy(loader), logits.softmax(1).topk(2).values.diff()[:, 0].argsort()[-len(logits) // 8:]
         few.images = loader.images[unsure]
         logits[unsure] = (2 * logits[unsure] + 8 * infer(net, few, tta_level=3)) / 10
@@ -303,16 +305,16 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
     seconds, start = 0.0, synchronized_time(device)
     init_whitening(net, loader.normalize(loader.images[:5000]))
     state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]  # BatchNorm's averages too
-    # An epoch is a pass over part of the images: those with least loss, when last seen, are left out every other time.
+    # An epoch leaves out every other time the images of least loss when last seen; the others' flips alternate (3.6).
     losses = torch.zeros(len(loader.labels), device=device)
     share = min(h['skip'][1], max(0, 1 - h['batch_size'] / len(losses)))  # which leaves at least a batch
     part, flip_mask, easy, epoch, done = copy.copy(loader), torch.rand_like(losses) < 0.5, losses > 0, 0, 0
     while done < total_steps:
         net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
         easy = ~easy & (losses < losses.quantile(share)) & (done >= h['skip'][0] * total_steps)
-        kept, steps = (~easy).nonzero().flatten(), range(done + 1, total_steps + 1)
-        part.images, part.labels, part.flip_mask = loader.images[kept], kept, flip_mask[kept]
-        for done, (inputs, indices) in zip(steps, part, strict=False):
+        kept, steps, flip_mask = (~easy).nonzero().flatten(), range(done + 1, total_steps + 1), flip_mask ^ ~easy
+        part.images, part.labels, part.flip_mask, part.epoch = loader.images[kept], kept, flip_mask[kept], 0
+        for done, (inputs, indices) in zip(steps, part, strict=False):  # part's labels are the images' numbers
             labels = loader.labels[indices]
             for group in optimizer.param_groups:
                 group['lr'] = group['peak_lr'] * lr_factor(done - 1, total_steps)
@@ -468,11 +470,9 @@ def count_pflops(h, steps, test_size, num_classes=10):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for size in set(sizes):
             net(torch.empty(3 * h['batch_size'] * sizes.count(size), 3, size, size, device='meta'))
-        net(torch.empty((1, 2, 4)[int(h['tta_level'])] * test_size, 3, 32, 32, device='meta'))
-    with torch.no_grad(), FlopCounterMode(display=False) as muon_counter:
-        for filters in (p for p in net.blocks.parameters() if p.ndim == 4):
-            orthogonalize(filters.flatten(1))
-    return (counter.get_total_flops() + steps * muon_counter.get_total_flops()) / 1e15
+        net(torch.empty((1, 2, 2 + 16 // 8)[int(h['tta_level'])] * test_size, 3, 32, 32, device='meta'))
+    muon_flops = sum(6 * len(p)**2 * (2 * p[0].numel() + len(p)) for p in net.blocks.parameters() if p.ndim == 4)
+    return (counter.get_total_flops() + steps * muon_flops) / 1e15
 
 
 def continue_log(path, header, device):

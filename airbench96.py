@@ -115,9 +115,9 @@ class CifarLoader:
             inputs = self.normalize(self.images[indices])
             if self.aug.get('flip'):
                 inputs = torch.where(flip_mask[indices].view(-1, 1, 1, 1), inputs.flip(-1), inputs)
-            if translate := self.aug.get('translate'):
+            if translate := int(self.aug.get('translate', 0)):
                 inputs = batch_crop(F.pad(inputs, (translate,) * 4, mode='reflect'), inputs.size(-1))
-            if cutout := self.aug.get('cutout'):
+            if cutout := int(self.aug.get('cutout', 0)):
                 corners = torch.randint(33 - cutout, (2, len(inputs), 1), device=device)
                 offsets = torch.arange(32, device=device) - corners
                 rows, columns = (offsets >= 0) & (offsets < cutout)

@@ -46,6 +46,15 @@ def test_the_package_holds_all_modules():
         assert target == f'{command.replace("-", "_")}:main'
 
 
+def test_whole_numbers_of_pixels_may_be_floats(tiny):
+    """As JSON and configuration files write them."""
+    batches = []
+    for aug in (dict(translate=2, cutout=8), dict(translate=2.0, cutout=8.0)):
+        torch.manual_seed(0)
+        batches.append(next(iter(airbench.CifarLoader(tiny, train=True, batch_size=100, aug=aug)))[0])
+    assert torch.equal(*batches)
+
+
 @pytest.mark.parametrize('train', [airbench.train94, airbench.train94_muon, airbench.train95, airbench.train96])
 def test_each_training_takes_the_one_loader(train, tiny):
     """A subset of the caller's, of one batch, or without augmentation: trained on as it stands, and not changed."""
