@@ -189,11 +189,11 @@ def acc(logits, labels):
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-def batches(h, epoch, flip_mask, order, size, how, batch_size):
+def batches(h, flip_mask, order, size, how, batch_size):
     images, labels = data['train']
     for idx in order.split(batch_size)[:len(order) // batch_size]:
         x = images[idx]
-        x = torch.where((flip_mask[idx] ^ (epoch % 2 == 1)).view(-1, 1, 1, 1), x.flip(-1), x)
+        x = torch.where(flip_mask[idx].view(-1, 1, 1, 1), x.flip(-1), x)
         if how == 'crop' and not h.moved_crops:
             crops = x.unfold(2, size, 1).unfold(3, size, 1)
         else:
@@ -263,14 +263,14 @@ def run(changes, seed):
     loss_of, skipped = torch.full((50000,), math.inf), torch.zeros(50000, dtype=torch.bool)
     names = {p: name for name, p in net.named_parameters()}
     averaging = False
-    step, epoch, seen, spent, losses, accs = 0, 0, 0, 0.0, [], []
+    step, seen, spent, losses, accs = 0, 0, 0.0, [], []
     while step < steps:
         size, how, batch_size = stage_of(h, step / steps)
         order = torch.randperm(50000)
         if h.prune and step >= h.prune[0] * steps:
             easy = (loss_of < loss_of.quantile(h.prune[1])) & ~skipped
             order, skipped = order[~easy[order]], easy
-        for x, y, idx in batches(h, epoch, flip_mask, order, size, how, batch_size):
+        for x, y, idx in batches(h, flip_mask, order, size, how, batch_size):
             if step >= steps or stage_of(h, step / steps) != [size, how, batch_size]:
                 break
             factor, whitened = 1 - (1 - h.lr_end) * step / steps, seen / (h.whiten_bias_epochs * 50000)
@@ -313,7 +313,7 @@ def run(changes, seed):
                 for slow, fast in zip(average, state, strict=True):
                     slow.lerp_(fast, 1 - h.ema[1] if averaging else 1.0)
                 averaging = True
-        epoch += 1
+        flip_mask[order] ^= True  # up to the run of seed 1428: also those that `prune` had skipped
     if h.lookahead or h.ema:
         lookahead_update(average, state, 1.0)
     seconds = time.perf_counter() - start
