@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import ROOT
 from test_summarize import summarize
 
@@ -109,10 +110,31 @@ def test_ci_calls_the_readmes_test_command():
     assert command in (ROOT / '.ci' / 'run').read_text()
 
 
+def search_rows(cells):
+    """The rows below the head of the table of so many cells in search_94_muon.md."""
+    lines = (line.split('|')[1:-1] for line in (ROOT / 'results' / 'search_94_muon.md').read_text().splitlines())
+    return [[cell.strip() for cell in line] for line in lines if len(line) == cells][2:]
+
+
+def search_runs():
+    return list(map(json.loads, open(ROOT / 'results' / 'search_94_muon.jsonl')))
+
+
+def test_the_frontier_follows_from_the_logs():
+    header, runs = summarize.read_logs([ROOT / 'results' / 'airbench94_muon.jsonl'])
+    runs = {run['seed']: run for run in runs + [dict(run, tta_val_acc=run['selective']) for run in search_runs()]}
+    assert search_rows(6)
+    for _, pflops, accuracy, error, n, seeds in search_rows(6):
+        first, *last = map(int, seeds.split(' to '))
+        chosen = [runs[seed] for seed in range(first, (last or [first])[0] + 1)]
+        values = torch.tensor([run['tta_val_acc'] for run in chosen], dtype=torch.float64) * 100
+        assert (f'{chosen[0]["pflops"]:.2f}', f'{values.mean():.2f}', str(len(chosen))) == (pflops, accuracy, n)
+        assert error == (f'{values.std() / len(chosen)**0.5:.2f}' if len(chosen) > 1 else '')
+        assert len({round(run['pflops'], 3) for run in chosen}) == 1
+
+
 def test_the_table_of_the_search_is_its_log():
-    lines = re.findall(r'^\| .* \| \d+ \|.*$', (ROOT / 'results' / 'search_94_muon.md').read_text(), re.MULTILINE)
-    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
-    runs = {run['seed']: run for run in map(json.loads, open(ROOT / 'results' / 'search_94_muon.jsonl'))}
+    rows, runs = search_rows(9), {run['seed']: run for run in search_runs()}
     assert [int(row[1]) for row in rows] == list(runs)
     for row, run in zip(rows, runs.values(), strict=True):
         pair = f'{100 * run["mirror"]:.2f}' if 'mirror' in run else ''  # runs by the script lack some
