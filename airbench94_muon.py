@@ -186,8 +186,8 @@ def init_whitening(net, images, eps=5e-4):
 # ------------------------------------------ Optimisation ------------------------------------------
 
 def orthogonalize(matrix):
-    """Moves singular values towards 1, by three quintic Newton-Schulz steps in bfloat16 (K. Jordan, "Muon", 2024)."""
-    x = F.normalize(matrix.bfloat16(), dim=(0, 1))
+    """Moves singular values towards 1, by three quintic Newton-Schulz steps (K. Jordan, "Muon", 2024)."""
+    x = F.normalize(matrix, dim=(0, 1))
     for _ in range(3):
         gram = x.mm(x.T)
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
@@ -201,7 +201,7 @@ def muon(optimizer):
     for p, buffer in zip(group['params'], group['buffers'], strict=True):
         buffer.mul_(group['muon_momentum']).add_(p.grad)
         nesterov = p.grad.add(buffer, alpha=group['muon_momentum'])
-        p.grad.copy_(orthogonalize(nesterov.flatten(1)).view_as(p))
+        p.grad.copy_(orthogonalize(nesterov.flatten(1).to(group['dtype'])).view_as(p))
         p.div_(p.norm() / len(p)**0.5)  # BatchNorm hides the norm, which sets how far a step turns the filters
 
 
@@ -212,12 +212,12 @@ def make_optimizer(net, h):
     """
     scale = 1024 * (1 + 1 / (1 - h['momentum']))
     biases = [p for name, p in net.named_parameters() if name.endswith('bias')]
-    others = [net.linear.weight]
+    others, filters = [net.linear.weight], [p for p in net.blocks.parameters() if p.ndim == 4]
     groups = [dict(params=params, lr=lr, peak_lr=lr, weight_decay=h['weight_decay'] * h['batch_size'] / scale / lr)
               for params, lr in ((biases, h['bias_scaler'] * h['lr'] / scale), (others, h['lr'] / scale))]
-    filters = [p for p in net.blocks.parameters() if p.ndim == 4]
+    dtype = torch.bfloat16 if net.autocast or filters[0].dtype == torch.float16 else filters[0].dtype  # the fastest
     groups.append(dict(params=filters, lr=h['muon_lr'], peak_lr=h['muon_lr'], momentum=0, nesterov=False,
-                       muon_momentum=h['muon_momentum'], buffers=[torch.zeros_like(p) for p in filters]))
+                       muon_momentum=h['muon_momentum'], buffers=[torch.zeros_like(p) for p in filters], dtype=dtype))
     return torch.optim.SGD(groups, momentum=h['momentum'], nesterov=True, fused=net.linear.weight.is_cuda)
 
 
