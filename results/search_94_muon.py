@@ -32,8 +32,12 @@ base = dict(
     one_bias_lr=False,  # the whitening bias's lr is that of the other biases until it is frozen, at an epoch's end
     lookahead=False,  # as in airbench94.py
     mids=None,  # the blocks' channels after their first convolution, if not `widths`
+    kernels=[[3, 3], [3, 3], [3, 3]],  # the sides of each block's convolutions'; those of 2 are without padding
     extra=[0, 0, 0],  # a third convolution in the block, with a residual
-    head='max',  # or maxavg: the mean of the maximum and the average over positions
+    pools=['2x2', '2x2', '2x2'],  # or 3x3: overlapping, with stride 2; or ceil: that drops no rows of a map of odd size
+    gate=None,  # a block's channels times twice the sigmoid of their mean over positions (ge), or of a linear map (se)
+    gate_lr=0.1,  # Muon's, of the gates' matrices
+    head='max',  # or maxavg: the mean of the maximum and the average over positions; or also: the maxima of block 2 too
     ghost=0,  # BatchNorm over so many images at a time
     dropout=0.0,  # of the features before the head
     cutout=0,  # pixels
@@ -43,6 +47,8 @@ base = dict(
     prune=None,  # [start, share]: then the share of images with least loss, when last seen, is skipped every other time
     tta_share=0.25)
 
+# The last runs' processors do not have bfloat16: with them, the networks and Muon's products are in float32.
+DTYPE = torch.bfloat16 if torch.cpu.get_capabilities().get('avx512_bf16') else torch.float32
 data = {}
 MEAN, STD = (torch.tensor(value).view(3, 1, 1) for value in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
 
@@ -54,8 +60,8 @@ def load(root):
         data[split] = images, d['labels']
 
 
-def conv3(cin, cout):
-    conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
+def convolution(cin, cout, kernel=3):
+    conv = nn.Conv2d(cin, cout, kernel, padding=kernel // 3, bias=False)
     nn.init.dirac_(conv.weight.data[:cin])
     return conv
 
@@ -77,19 +83,33 @@ def norm(channels, h):
     return module
 
 
+def pool(x, how):
+    if how == '3x3':
+        return F.max_pool2d(x, 3, 2, ceil_mode=True)  # as many positions as 2x2 for sizes that are odd
+    return F.max_pool2d(x, 2, ceil_mode=how == 'ceil')
+
+
 class Block(nn.Module):
     def __init__(self, cin, cout, h, i):
         super().__init__()
         self.pool_first, middle = h.pool_first[i], h.mids[i] if h.mids else cout
-        self.conv1, self.norm1 = conv3(cin, middle), norm(middle, h)
-        self.conv2, self.norm2 = conv3(middle, cout), norm(cout, h)
+        self.conv1, self.norm1 = convolution(cin, middle, h.kernels[i][0]), norm(middle, h)
+        self.conv2, self.norm2 = convolution(middle, cout, h.kernels[i][1]), norm(cout, h)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
+        self.gate, self.pool = h.gate, h.pools[i]
+        if h.gate == 'se':
+            self.gate_weight = nn.Parameter(torch.zeros(cout, cout))
         if h.extra[i]:
-            self.conv3, self.norm3 = conv3(cout, cout), norm(cout, h)
+            self.conv3, self.norm3 = convolution(cout, cout), norm(cout, h)
 
     def forward(self, x):
-        x = self.conv1(F.max_pool2d(x, 2)) if self.pool_first else F.max_pool2d(self.conv1(x), 2)
-        x = self.act(self.norm2(self.conv2(self.act(self.norm1(x)))))
+        x = self.conv1(pool(x, self.pool)) if self.pool_first else pool(self.conv1(x), self.pool)
+        x = self.norm2(self.conv2(self.act(self.norm1(x))))
+        if self.gate:
+            mean = x.mean((2, 3))
+            gate = mean @ self.gate_weight.T if self.gate == 'se' else mean
+            x = x * (2 * torch.sigmoid(gate))[..., None, None]
+        x = self.act(x)
         return self.act(self.norm3(self.conv3(x)) + x) if hasattr(self, 'conv3') else x
 
 
@@ -101,7 +121,7 @@ class Net(nn.Module):
         nn.init.zeros_(self.whiten.bias)
         channels = [24, *h.widths]
         self.blocks = nn.Sequential(*(Block(channels[i], channels[i + 1], h, i) for i in range(3)))
-        self.linear = nn.Linear(h.widths[-1], 10, bias=False)
+        self.linear = nn.Linear(h.widths[-1] + h.widths[-2] * (h.head == 'also'), 10, bias=False)
         with torch.no_grad():
             self.linear.weight /= self.linear.weight.std()
         self.head, self.dropout = h.head, nn.Dropout(h.dropout)
@@ -109,9 +129,11 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast('cpu', torch.bfloat16) if x.device.type == 'cpu' else nullcontext():
-            x = self.blocks(F.gelu(self.whiten(x)))
-            x = x.amax((2, 3)) if self.head == 'max' else (x.amax((2, 3)) + x.mean((2, 3))) / 2
+        with torch.autocast('cpu', DTYPE) if x.device.type == 'cpu' and DTYPE == torch.bfloat16 else nullcontext():
+            before = self.blocks[:2](F.gelu(self.whiten(x)))
+            x = self.blocks[2](before)
+            x = (x.amax((2, 3)) + x.mean((2, 3))) / 2 if self.head == 'maxavg' else x.amax((2, 3))
+            x = torch.cat((x, before.amax((2, 3))), 1) if self.head == 'also' else x
             x = self.linear(self.dropout(x))
         return x.float() / self.linear.in_features
 
@@ -126,7 +148,7 @@ def init_whitening(net, images, eps=5e-4):
 
 def orthogonalize(g, steps):
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
+    x = g.to(DTYPE)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if g.size(-2) > g.size(-1):
         x = x.mT
@@ -145,10 +167,10 @@ def muon_flops(shapes, steps):
 
 
 def forward_flops(h, size):
-    net = Net(h).to('meta')
+    net = Net(h).to('meta').eval()  # as BatchNorm refuses a single value of a channel to train on
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, 3, size, size, device='meta'))
-    shapes = [p.shape for p in net.parameters() if p.ndim == 4 and p.requires_grad]
+    shapes = [p.shape for name, p in net.named_parameters() if (p.ndim == 4 or 'gate' in name) and p.requires_grad]
     with torch.no_grad(), FlopCounterMode(display=False) as block:
         net.blocks[0](net.whiten(torch.empty(1, 3, size, size, device='meta')))
     return counter.get_total_flops(), muon_flops(shapes, h.ns_steps), block.get_total_flops()
@@ -181,6 +203,8 @@ def evaluate(net, h):
     sel[hard] = total / 18
     out['selective'] = acc(sel, labels)
     out['selective_loss'] = F.cross_entropy(sel, labels).item()
+    # The least loss that a factor on the logits gives: to compare networks that label smoothing leaves unsure unalike.
+    out['scaled_loss'] = min(F.cross_entropy(sel * factor / 10, labels).item() for factor in range(5, 50))
     out['selective_views'] = 2 + 16 * h.tta_share
     return out
 
@@ -248,7 +272,7 @@ def run(changes, seed):
                                                        for size, _, batch_size in [stage_of(h, frac)]))
 
     net = Net(h).train()
-    filters = [p for p in net.parameters() if p.ndim == 4 and p.requires_grad]
+    filters = [p for name, p in net.named_parameters() if (p.ndim == 4 or 'gate' in name) and p.requires_grad]
     biases = [p for name, p in net.named_parameters() if 'norm' in name and p.requires_grad]
     decay, peaks = h.weight_decay * 2000, [h.bias_lr, h.bias_lr, h.head_lr]
     sgd = torch.optim.SGD([dict(params=params, lr=lr, weight_decay=decay / lr) for params, lr
@@ -297,11 +321,12 @@ def run(changes, seed):
                         continue
                     buffer.mul_(h.muon_momentum).add_(p.grad)
                     grad = p.grad.add(buffer, alpha=h.muon_momentum)
-                    if step % h.renorm == 0:
+                    gate = 'gate' in names[p]
+                    if step % h.renorm == 0 and not gate:
                         p.mul_(len(p)**0.5 / p.norm())
                     update = orthogonalize(grad.flatten(1), h.ns_steps)
                     decayed = 1 - step / (h.freeze * steps) if early else factor
-                    p.add_(update.view_as(p).to(p.dtype), alpha=-h.muon_lr * decayed)
+                    p.add_(update.view_as(p).to(p.dtype), alpha=-(h.gate_lr if gate else h.muon_lr) * decayed)
             losses.append(loss.item() / len(y))
             accs.append(acc(logits, y))
             spent += cost(size, batch_size, step / steps)
@@ -318,8 +343,8 @@ def run(changes, seed):
         lookahead_update(average, state, 1.0)
     seconds = time.perf_counter() - start
     return dict(changes=changes, seed=seed, steps=steps, epochs=seen / 50000, pflops=(spent + tta) / 1e15,
-                train_loss=sum(losses[-10:]) / 10, train_acc=sum(accs[-10:]) / 10, train_seconds=seconds,
-                **evaluate(net, h))
+                dtype=str(DTYPE)[6:], train_seconds=seconds, train_loss=sum(losses[-10:]) / 10,
+                train_acc=sum(accs[-10:]) / 10, **evaluate(net, h))
 
 
 def main():
