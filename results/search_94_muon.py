@@ -176,15 +176,16 @@ def forward_flops(h, size):
     return counter.get_total_flops(), muon_flops(shapes, h.ns_steps), block.get_total_flops()
 
 
-def views_shift(images, dy, dx):
-    padded = F.pad(images, (1,) * 4, mode='reflect')
-    return padded[..., 1 + dy:33 + dy, 1 + dx:33 + dx]
+def views_shift(images, size, dy, dx):
+    padded, first = F.pad(images, (1,) * 4, mode='reflect'), 1 + (32 - size) // 2
+    return padded[..., first + dy:first + size + dy, first + dx:first + size + dx]
 
 
 @torch.no_grad()
 def evaluate(net, h):
     net.eval()
-    images, labels = data['test']
+    (whole, labels), size = data['test'], h.stages[-1][1]
+    images = views_shift(whole, size, 0, 0)
 
     def logits_of(images, view=lambda x: x):
         return torch.cat([net(view(chunk)) for chunk in images.split(1000)])
@@ -197,7 +198,7 @@ def evaluate(net, h):
     hard = margin.argsort()[:int(h.tta_share * len(labels))]
     total = mirror[hard] * 2
     for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
-        moved = torch.cat([views_shift(chunk, dy, dx) for chunk in images[hard].split(1000)])
+        moved = torch.cat([views_shift(chunk, size, dy, dx) for chunk in whole[hard].split(1000)])
         total += logits_of(moved) + logits_of(moved, lambda x: x.flip(-1))
     sel = mirror.clone()
     sel[hard] = total / 18
@@ -261,9 +262,10 @@ def run(changes, seed):
     h = SimpleNamespace(**base | changes)
     torch.manual_seed(seed)
     h.stages = [[*stage, 2000][:4] for stage in h.stages]  # the first runs' stages had no batch size
-    flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages} | {32}}
-    muon = flops[32][1]
-    tta = (2 + 16 * h.tta_share) * 10000 * flops[32][0]
+    flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages}}
+    last = flops[h.stages[-1][1]]  # images are tested at the pixels of the last stage, from their centre
+    muon = last[1]
+    tta = (2 + 16 * h.tta_share) * 10000 * last[0]
     def cost(size, batch_size, frac):
         return batch_size * (3 * flops[size][0] - (2 * flops[size][2] if frac >= h.freeze else 0)) + muon
 
