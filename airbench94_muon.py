@@ -215,7 +215,7 @@ def make_optimizer(net, h):
     others, filters = [net.linear.weight], [p for p in net.blocks.parameters() if p.ndim == 4]
     groups = [dict(params=params, lr=lr, peak_lr=lr, weight_decay=h['weight_decay'] * h['batch_size'] / scale / lr)
               for params, lr in ((biases, h['bias_scaler'] * h['lr'] / scale), (others, h['lr'] / scale))]
-    dtype = torch.bfloat16 if net.autocast or filters[0].dtype == torch.float16 else filters[0].dtype  # the fastest
+    dtype = torch.bfloat16 if net.autocast or others[0].dtype == torch.float16 else others[0].dtype  # CPUs may lack it
     groups.append(dict(params=filters, lr=h['muon_lr'], peak_lr=h['muon_lr'], momentum=0, nesterov=False,
                        muon_momentum=h['muon_momentum'], buffers=[torch.zeros_like(p) for p in filters], dtype=dtype))
     return torch.optim.SGD(groups, momentum=h['momentum'], nesterov=True, fused=net.linear.weight.is_cuda)

@@ -35,9 +35,9 @@ base = dict(
     kernels=[[3, 3], [3, 3], [3, 3]],  # the sides of each block's convolutions'; those of 2 are without padding
     extra=[0, 0, 0],  # a third convolution in the block, with a residual
     pools=['2x2', '2x2', '2x2'],  # or 3x3: overlapping, with stride 2; or ceil: that drops no rows of a map of odd size
-    gate=None,  # a block's channels times twice the sigmoid of their mean over positions (ge), or of a linear map (se)
+    gate=None,  # or se: a block's channels times twice the sigmoid of a linear map of their means over positions
     gate_lr=0.1,  # Muon's, of the gates' matrices
-    head='max',  # or maxavg: the mean of the maximum and the average over positions; or also: the maxima of block 2 too
+    head='max',  # or maxavg: the mean of the maximum and the average over positions
     ghost=0,  # BatchNorm over so many images at a time
     dropout=0.0,  # of the features before the head
     cutout=0,  # pixels
@@ -47,7 +47,7 @@ base = dict(
     prune=None,  # [start, share]: then the share of images with least loss, when last seen, is skipped every other time
     tta_share=0.25)
 
-# The last runs' processors do not have bfloat16: with them, the networks and Muon's products are in float32.
+# For the networks and for Muon's products.
 DTYPE = torch.bfloat16 if torch.cpu.get_capabilities().get('avx512_bf16') else torch.float32
 data = {}
 MEAN, STD = (torch.tensor(value).view(3, 1, 1) for value in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
@@ -97,7 +97,7 @@ class Block(nn.Module):
         self.conv2, self.norm2 = convolution(middle, cout, h.kernels[i][1]), norm(cout, h)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
         self.gate, self.pool = h.gate, h.pools[i]
-        if h.gate == 'se':
+        if h.gate:
             self.gate_weight = nn.Parameter(torch.zeros(cout, cout))
         if h.extra[i]:
             self.conv3, self.norm3 = convolution(cout, cout), norm(cout, h)
@@ -106,9 +106,7 @@ class Block(nn.Module):
         x = self.conv1(pool(x, self.pool)) if self.pool_first else pool(self.conv1(x), self.pool)
         x = self.norm2(self.conv2(self.act(self.norm1(x))))
         if self.gate:
-            mean = x.mean((2, 3))
-            gate = mean @ self.gate_weight.T if self.gate == 'se' else mean
-            x = x * (2 * torch.sigmoid(gate))[..., None, None]
+            x = x * (2 * torch.sigmoid(x.mean((2, 3)) @ self.gate_weight.T))[..., None, None]
         x = self.act(x)
         return self.act(self.norm3(self.conv3(x)) + x) if hasattr(self, 'conv3') else x
 
@@ -121,7 +119,7 @@ class Net(nn.Module):
         nn.init.zeros_(self.whiten.bias)
         channels = [24, *h.widths]
         self.blocks = nn.Sequential(*(Block(channels[i], channels[i + 1], h, i) for i in range(3)))
-        self.linear = nn.Linear(h.widths[-1] + h.widths[-2] * (h.head == 'also'), 10, bias=False)
+        self.linear = nn.Linear(h.widths[-1], 10, bias=False)
         with torch.no_grad():
             self.linear.weight /= self.linear.weight.std()
         self.head, self.dropout = h.head, nn.Dropout(h.dropout)
@@ -130,10 +128,8 @@ class Net(nn.Module):
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast('cpu', DTYPE) if x.device.type == 'cpu' and DTYPE == torch.bfloat16 else nullcontext():
-            before = self.blocks[:2](F.gelu(self.whiten(x)))
-            x = self.blocks[2](before)
-            x = (x.amax((2, 3)) + x.mean((2, 3))) / 2 if self.head == 'maxavg' else x.amax((2, 3))
-            x = torch.cat((x, before.amax((2, 3))), 1) if self.head == 'also' else x
+            x = self.blocks(F.gelu(self.whiten(x)))
+            x = x.amax((2, 3)) if self.head == 'max' else (x.amax((2, 3)) + x.mean((2, 3))) / 2
             x = self.linear(self.dropout(x))
         return x.float() / self.linear.in_features
 

@@ -49,7 +49,7 @@ def test_orthogonalize_maps_singular_values_by_three_quintics():
 
 
 def test_orthogonalize_is_given_bfloat16_only_where_training_has_half_precision(monkeypatch):
-    """Without instructions for it, bfloat16 took two fifths as long again as the rest of a float32 step."""
+    """A CPU without instructions for bfloat16 may train in float32, and is slow at bfloat16."""
     seen = []
     monkeypatch.setattr(airbench94_muon, 'orthogonalize', lambda x: (seen.append(x.dtype), orthogonalize(x))[1])
     for dtype, expected in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
