@@ -14,8 +14,9 @@ from conftest import ROOT
 
 # What may differ from airbench94.py: the top-level definitions that a script's recipe changes or adds.
 OWN = {
-    'airbench94_muon': {'docstring', 'hyp', 'Block', 'Net', 'orthogonalize', 'muon', 'make_optimizer', 'lr_factor',
-                        'crop_size', 'lookahead_update', 'train_step', 'infer', 'train', 'merge', 'count_pflops'},
+    'airbench94_muon': {'docstring', 'hyp', 'conv3x3', 'convolution', 'Block', 'Net', 'orthogonalize', 'muon',
+                        'make_optimizer', 'lr_factor', 'crop_size', 'lookahead_update', 'train_step', 'infer', 'train',
+                        'merge', 'count_pflops'},
     'airbench95': {'docstring', 'hyp'},
     'airbench96': {'docstring', 'hyp', 'CifarLoader', 'Block'},
     'airbench94_compiled': {'docstring', 'import shutil', 'compiled_net', 'train', 'warmup'},

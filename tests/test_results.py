@@ -121,7 +121,8 @@ def search_runs():
 
 
 def test_the_frontier_follows_from_the_logs():
-    runs = summarize.read_logs([ROOT / 'results' / 'airbench94_muon.jsonl'])[1]
+    logs = (ROOT / 'results' / f'{name}.jsonl' for name in ('airbench94_muon', 'muon_3x3'))
+    runs = [run for log in logs for run in summarize.read_logs([log])[1]]
     runs = {run['seed']: run for run in runs + [dict(run, tta_val_acc=run['selective']) for run in search_runs()]}
     assert search_rows(6)
     for _, pflops, accuracy, error, n, seeds in search_rows(6):
