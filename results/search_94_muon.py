@@ -33,8 +33,9 @@ base = dict(
     lookahead=False,  # as in airbench94.py
     mids=None,  # the blocks' channels after their first convolution, if not `widths`
     kernels=[[3, 3], [3, 3], [3, 3]],  # the sides of each block's convolutions'; those of 2 are without padding
+    unpadded=[[0, 0], [0, 0], [0, 0]],  # 1: that one, of 3, is without padding too
     extra=[0, 0, 0],  # a third convolution in the block, with a residual
-    pools=['2x2', '2x2', '2x2'],  # or 3x3: overlapping, with stride 2; or ceil: that drops no rows of a map of odd size
+    pools=['2x2', '2x2', '2x2'],  # or 3x3: overlapping, with stride 2; ceil: drops no rows of a map of odd size; to 3x3
     gate=None,  # or se: a block's channels times twice the sigmoid of a linear map of their means over positions
     gate_lr=0.1,  # Muon's, of the gates' matrices
     head='max',  # or maxavg: the mean of the maximum and the average over positions
@@ -60,8 +61,8 @@ def load(root):
         data[split] = images, d['labels']
 
 
-def convolution(cin, cout, kernel=3):
-    conv = nn.Conv2d(cin, cout, kernel, padding=kernel // 3, bias=False)
+def convolution(cin, cout, kernel=3, unpadded=0):
+    conv = nn.Conv2d(cin, cout, kernel, padding=0 if unpadded else kernel // 3, bias=False)
     nn.init.dirac_(conv.weight.data[:cin])
     return conv
 
@@ -84,6 +85,8 @@ def norm(channels, h):
 
 
 def pool(x, how):
+    if how == 'to 3x3':
+        return F.adaptive_max_pool2d(x, 3)
     if how == '3x3':
         return F.max_pool2d(x, 3, 2, ceil_mode=True)  # as many positions as 2x2 for sizes that are odd
     return F.max_pool2d(x, 2, ceil_mode=how == 'ceil')
@@ -93,8 +96,9 @@ class Block(nn.Module):
     def __init__(self, cin, cout, h, i):
         super().__init__()
         self.pool_first, middle = h.pool_first[i], h.mids[i] if h.mids else cout
-        self.conv1, self.norm1 = convolution(cin, middle, h.kernels[i][0]), norm(middle, h)
-        self.conv2, self.norm2 = convolution(middle, cout, h.kernels[i][1]), norm(cout, h)
+        sides, unpadded = h.kernels[i], h.unpadded[i]
+        self.conv1, self.norm1 = convolution(cin, middle, sides[0], unpadded[0]), norm(middle, h)
+        self.conv2, self.norm2 = convolution(middle, cout, sides[1], unpadded[1]), norm(cout, h)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
         self.gate, self.pool = h.gate, h.pools[i]
         if h.gate:
