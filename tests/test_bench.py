@@ -28,11 +28,11 @@ def small(tmp_path_factory):
 
 
 def test_what_bounds_a_step(small, tmp_path, tiny):
-    done = bench(small, '--rounds', 4, '--data', tiny, '--json', tmp_path / 'bench.json')
+    done = bench(small, '--rounds', 3, '--data', tiny, '--json', tmp_path / 'bench.json')
     assert done.returncode == 0, done.stderr
     log = json.loads((tmp_path / 'bench.json').read_text())
     steps = [times for times in log['rounds'] if 'step' in times]
-    assert len(steps) == 4 and log['script'] == 'mine'
+    assert len(steps) == 3 and log['script'] == 'mine'
     for times in steps:
         assert times['step / convolutions'] == times['step'] / times['convolutions']
         assert all(times[name] > 0 for name in ('step', 'convolutions', 'float32 step', 'loader', 'lookahead'))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -13,17 +14,20 @@ from test_summarize import summarize
 import airbench94
 
 
-def test_data_selection(tmp_path):
+def test_data_selection(tmp_path, monkeypatch, capsys):
     write_split(tmp_path / 'train.pt', 1800, seed=0)
     write_split(tmp_path / 'test.pt', 50, seed=1)
-    done = subprocess.run([sys.executable, ROOT / 'examples' / 'data_selection.py', '--data', tmp_path, '--epochs', '1',
-                           '--seed', '5', '--log', tmp_path / 'log.jsonl'],
-                          capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(airbench94.hyp, 'widths', (8, 8, 8))
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(sys, 'argv', ['data_selection.py', '--data', str(tmp_path), '--epochs', '1', '--seed', '5',
+                                      '--log', str(tmp_path / 'log.jsonl')])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / 'examples' / 'data_selection.py'), run_name='__main__')
+    assert stop.value.code == 0
     header, *results = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert header['arguments']['seed'] == '5' and 'least confident' in header['source']
     assert [result['images'] for result in results] == [1800, 1080, 1080]
-    table = done.stdout.splitlines()[-3:]
+    table = capsys.readouterr().out.splitlines()[-3:]
     for line, result in zip(table, results, strict=True):
         assert line.startswith(result['name']) and line.endswith(f'{result["tta_val_acc"]:.4f}')
 
@@ -40,12 +44,14 @@ ABLATIONS = (ROOT / 'examples' / 'ablations.md').read_text()
 
 
 def test_the_ablations_program(tiny, tmp_path, monkeypatch):
-    """As it stands, but for smaller data, networks and batches; its logs go to summarize.py as the page says."""
+    """As it stands, but small and in float32; its logs go to summarize.py as the page says."""
     program = re.search(r"^AIRBENCH_DATA=\S+ python - <<'END'\n(.*?)^END$", ABLATIONS, re.DOTALL | re.MULTILINE)[1]
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(airbench94.hyp, 'batch_size', 100)
-    program = program.replace('(32, 128, 128)', '(8, 8, 8)').replace('epochs=3', 'epochs=1')
+    for full, less in (('(32, 128, 128)', '(8, 8, 8)'), ('epochs=3', 'epochs=1'), ('torch.bfloat16', 'torch.float32')):
+        assert full in program
+        program = program.replace(full, less)
     exec(compile(program, 'ablations.md', 'exec'), {})
     compared = re.findall(r'^python results/summarize.py (\S+) --against (\S+)$', ABLATIONS, re.MULTILINE)
     assert len(compared) == 2
