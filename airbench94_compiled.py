@@ -21,7 +21,6 @@ import platform
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import nullcontext
@@ -394,7 +393,8 @@ def synchronized_time(device):
 
 def load_split(path, train):
     """dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names) of path/train.pt or path/test.pt.
-    Without them, it is CIFAR-10's; for 'synthetic', made up. Raises ValueError for a file that is not in order.
+    Without both, it is CIFAR-10's from torchvision's files there, or downloaded to it; for 'synthetic', made up. Raises
+    ValueError for a file that is not in order.
     """
     file = Path(path, 'train.pt' if train else 'test.pt')
     if str(path) == 'synthetic':  # the class is the brightness, under noise
@@ -402,8 +402,14 @@ def load_split(path, train):
         labels = torch.randint(10, (5000 if train else 1000,), generator=generator)
         images = 20 * labels.view(-1, 1, 1, 1) + torch.randint(64, (len(labels), 32, 32, 3), generator=generator)
         return dict(images=images.byte(), labels=labels, classes=list('0123456789'))
-    if not file.exists():
-        return fetch_cifar10(Path(path))[file.name]
+    if not any(Path(path, name).exists() for name in ('train.pt', 'test.pt')):
+        try:
+            from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
+            half = CIFAR10(path, train, download=True)
+        except Exception as error:
+            raise FileNotFoundError(f'no CIFAR-10 in {path}, and it cannot be downloaded ({error}). Put train.pt and '
+                                    'test.pt or the archive there, or use --data DIR or --data synthetic') from error
+        return dict(images=torch.from_numpy(half.data), labels=torch.tensor(half.targets), classes=half.classes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # its guesses at what a damaged file may be
@@ -416,36 +422,6 @@ def load_split(path, train):
     except Exception as error:  # whatever the zip reader, the unpickler and wrong types make of it
         raise ValueError(f'{file} must hold dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,) from 0, classes=list '
                          f'of names): mend or delete it. Found: {error!r:.99}') from error
-
-
-@functools.cache  # the second split comes with the first
-def fetch_cifar10(folder):
-    """Both splits from torchvision's files in folder, or downloaded; cached there as train.pt and test.pt."""
-    try:
-        from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
-        found = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
-        with tempfile.TemporaryDirectory() as scratch:
-            halves = [CIFAR10(folder if found else scratch, train, download=True) for train in (True, False)]
-    except Exception as error:
-        raise FileNotFoundError(f'no CIFAR-10 in {folder}, and it cannot be downloaded ({error}). Put train.pt and '
-                                'test.pt or the archive there, or use --data DIR or --data synthetic') from error
-    splits = {name: dict(images=torch.from_numpy(half.data), labels=torch.tensor(half.targets), classes=half.classes)
-              for name, half in zip(('train.pt', 'test.pt'), halves, strict=True)}
-    try:
-        for name in splits:
-            if not (folder / name).exists():
-                save(splits[name], folder / name)
-    except (OSError, RuntimeError) as error:
-        print(f'note: the data could not be cached in {folder} ({error})', file=sys.stderr)
-    return splits
-
-
-def save(data, file):
-    """The whole file or none, whatever happens and whoever else writes it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix='tmp-') as scratch:
-        torch.save(data, Path(scratch, file.name))
-        os.replace(Path(scratch, file.name), file)
 
 
 def report(row, verbose, history):
@@ -572,8 +548,8 @@ def main():
             with open(path, 'a') as log:
                 log.write(json.dumps(runs[-1]) + '\n')
             if args.save and net:
-                save(dict(script=script, state_dict=net.state_dict(), hyperparameters=h, dtype=header['dtype'],
-                          classes=loaders[0].classes), args.save / f'run{i}.pt')
+                torch.save(dict(script=script, state_dict=net.state_dict(), hyperparameters=h, dtype=header['dtype'],
+                                classes=loaders[0].classes), args.save / f'run{i}.pt')
     finally:
         print_summary(runs, header)
     return int(world_size == 1 and bool(runs) and all(run['diverged'] for run in runs))

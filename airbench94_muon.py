@@ -1,6 +1,6 @@
 """airbench94_muon: trains a network to 94% test accuracy on CIFAR-10, for 0.24 PFLOPs a run.
 
-Relative to airbench94.py: Muon, crops, 2x2 convolutions first, fewer channels before a pool, translated views of few.
+Relative to airbench94.py: Muon, crops, 2x2 convolutions first, few channels before a pool, translations of the unsure.
 Method: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498 ("the paper").
 
 With --data synthetic --epochs 1 it is a trial that needs neither data nor network. --help lists the options.
@@ -10,7 +10,6 @@ import argparse
 import ast
 import copy
 import ctypes
-import functools
 import hashlib
 import json
 import math
@@ -18,7 +17,6 @@ import os
 import platform
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from contextlib import nullcontext
@@ -40,7 +38,7 @@ hyp = dict(
     momentum=0.85,
     weight_decay=0.0153,
     bias_scaler=144.0,  # the biases learn this much faster
-    muon_lr=0.24,  # of the blocks' filters
+    muon_lr=0.24,  # of the blocks' filters, which have no weight decay
     muon_momentum=0.6,
     label_smoothing=0.2,
     whiten_bias_epochs=3,  # the whitening layer's bias trains for so many epochs, then stays
@@ -50,7 +48,7 @@ hyp = dict(
     widths=(72, 288, 384),
     bn_momentum=0.4,  # PyTorch's convention: the weight of the new batch
     scaling_factor=1 / 9,  # of the logits
-    tta_level=2,  # 0: the image; 1: and its mirror; 2: and one-pixel translations of both
+    tta_level=2,  # 0: the image; 1: and its mirror; 2: and for the least sure eighth, one-pixel translations of both
 )
 
 # ---------------------------------------------- Data ----------------------------------------------
@@ -133,7 +131,7 @@ def convolution(channels_in, channels_out, size):
 class Block(nn.Module):
     def __init__(self, channels_in, channels_out, bn_momentum, size, pool_first):
         super().__init__()
-        self.pool_first, channels_mid = pool_first, min(2 * channels_in, channels_out)  # the pool drops 3/4 of them
+        self.pool_first, channels_mid = pool_first, min(2 * channels_in, channels_out)  # few on large maps
         self.conv1 = convolution(channels_in, channels_mid, size)
         self.norm1 = nn.BatchNorm2d(channels_mid, eps=1e-12, momentum=bn_momentum)
         self.conv2 = convolution(channels_mid, channels_out, size)
@@ -185,7 +183,7 @@ def init_whitening(net, images, eps=5e-4):
 # ------------------------------------------ Optimisation ------------------------------------------
 
 def orthogonalize(matrix):
-    """Moves singular values towards 1, by three quintic Newton-Schulz steps (K. Jordan, "Muon", 2024)."""
+    """Moves singular values to about 1, by three quintic Newton-Schulz steps (K. Jordan, "Muon", 2024)."""
     x = F.normalize(matrix, dim=(0, 1))
     for _ in range(3):
         gram = x.mm(x.T)
@@ -214,7 +212,8 @@ def make_optimizer(net, h):
     others, filters = [net.linear.weight], [p for p in net.blocks.parameters() if p.ndim == 4]
     groups = [dict(params=params, lr=lr, peak_lr=lr, weight_decay=h['weight_decay'] * h['batch_size'] / scale / lr)
               for params, lr in ((biases, h['bias_scaler'] * h['lr'] / scale), (others, h['lr'] / scale))]
-    dtype = torch.bfloat16 if net.autocast or others[0].dtype == torch.float16 else others[0].dtype  # CPUs may lack it
+    dtype = torch.bfloat16 if net.autocast or others[0].dtype == torch.float16 else others[0].dtype
+    # muon makes these gradients, in bfloat16 unless the training is in float32, as CPUs may lack bfloat16.
     groups.append(dict(params=filters, lr=h['muon_lr'], peak_lr=h['muon_lr'], momentum=0, nesterov=False,
                        muon_momentum=h['muon_momentum'], buffers=[torch.zeros_like(p) for p in filters], dtype=dtype))
     return torch.optim.SGD(groups, momentum=h['momentum'], nesterov=True, fused=net.linear.weight.is_cuda)
@@ -225,8 +224,8 @@ def lr_factor(step, total_steps):
     return 1 - step / total_steps
 
 
-def crop_size(h, step, total_steps):
-    """In pixels."""
+def image_size(h, step, total_steps):
+    """The side in pixels of the crops that a step trains on."""
     return next((size for size, until in h['crops'] if step < until * total_steps), 32)
 
 
@@ -258,7 +257,7 @@ def infer(net, loader, tta_level=0):
         logits.append(sum(weight * net(view).float() for weight, view in views))
     net.train(was_training)
     logits = torch.cat(logits)
-    if tta_level == 2:  # more views of the eighth with the least margin; the pair counts twice
+    if tta_level == 2:  # Hiverge, 2025: more views of the least sure, here an eighth; the pair counts twice
         few, unsure = copy.copy(loader), logits.softmax(1).topk(2).values.diff()[:, 0].argsort()[-len(logits) // 8:]
         few.images = loader.images[unsure]
         logits[unsure] = (2 * logits[unsure] + 8 * infer(net, few, tta_level=3)) / 10
@@ -309,7 +308,7 @@ def train(train_loader=None, *, seed=None, device=None, dtype=None, verbose=True
         for done, (inputs, labels) in zip(range(epoch * len(loader) + 1, total_steps + 1), loader, strict=False):
             for group in optimizer.param_groups:
                 group['lr'] = group['peak_lr'] * lr_factor(done - 1, total_steps)
-            inputs = batch_crop(inputs, crop_size(h, done - 1, total_steps))
+            inputs = batch_crop(inputs, image_size(h, done - 1, total_steps))
             loss, logits = train_step(net, optimizer, inputs, labels, h['label_smoothing'])
             if verbose and done == 10 and (minutes := (seconds + time.perf_counter() - start) * total_steps / 600) > 1:
                 print(f'about {minutes:.0f} minutes a run', file=sys.stderr)  # the first row can be minutes away
@@ -358,8 +357,8 @@ def merge(overrides):
     sense = {key: 0 < h[key] < math.inf for key in ('epochs', 'lr', 'bias_scaler', 'scaling_factor')} | dict(
         batch_size=type(h['batch_size']) is int and h['batch_size'] > 0, momentum=0 < h['momentum'] < 1,
         weight_decay=0 <= h['weight_decay'] < math.inf, label_smoothing=0 <= h['label_smoothing'] <= 1,
-        whiten_bias_epochs=h['whiten_bias_epochs'] >= 0, muon_lr=h['muon_lr'] > 0,
-        muon_momentum=0 <= h['muon_momentum'] < 1, crops=all(16 < size <= 32 for size, _ in h['crops']),
+        whiten_bias_epochs=h['whiten_bias_epochs'] >= 0, muon_lr=0 < h['muon_lr'] < math.inf,
+        muon_momentum=0 <= h['muon_momentum'] < 1, crops=all(size in range(17, 33) for size, _ in h['crops']),
         aug=isinstance(h['aug'], dict), altflip=h['altflip'] in (True, False), bn_momentum=0 < h['bn_momentum'] <= 1,
         widths=[type(width) for width in h['widths'] if width > 0] == [int] * 3, tta_level=h['tta_level'] in (0, 1, 2))
     if wrong := [f'{key} cannot be {h[key]}' for key in sense if not sense[key]]:
@@ -387,7 +386,8 @@ def synchronized_time(device):
 
 def load_split(path, train):
     """dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names) of path/train.pt or path/test.pt.
-    Without them, it is CIFAR-10's; for 'synthetic', made up. Raises ValueError for a file that is not in order.
+    Without both, it is CIFAR-10's from torchvision's files there, or downloaded to it; for 'synthetic', made up. Raises
+    ValueError for a file that is not in order.
     """
     file = Path(path, 'train.pt' if train else 'test.pt')
     if str(path) == 'synthetic':  # the class is the brightness, under noise
@@ -395,8 +395,14 @@ def load_split(path, train):
         labels = torch.randint(10, (5000 if train else 1000,), generator=generator)
         images = 20 * labels.view(-1, 1, 1, 1) + torch.randint(64, (len(labels), 32, 32, 3), generator=generator)
         return dict(images=images.byte(), labels=labels, classes=list('0123456789'))
-    if not file.exists():
-        return fetch_cifar10(Path(path))[file.name]
+    if not any(Path(path, name).exists() for name in ('train.pt', 'test.pt')):
+        try:
+            from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
+            half = CIFAR10(path, train, download=True)
+        except Exception as error:
+            raise FileNotFoundError(f'no CIFAR-10 in {path}, and it cannot be downloaded ({error}). Put train.pt and '
+                                    'test.pt or the archive there, or use --data DIR or --data synthetic') from error
+        return dict(images=torch.from_numpy(half.data), labels=torch.tensor(half.targets), classes=half.classes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # its guesses at what a damaged file may be
@@ -409,36 +415,6 @@ def load_split(path, train):
     except Exception as error:  # whatever the zip reader, the unpickler and wrong types make of it
         raise ValueError(f'{file} must hold dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,) from 0, classes=list '
                          f'of names): mend or delete it. Found: {error!r:.99}') from error
-
-
-@functools.cache  # the second split comes with the first
-def fetch_cifar10(folder):
-    """Both splits from torchvision's files in folder, or downloaded; cached there as train.pt and test.pt."""
-    try:
-        from torchvision.datasets import CIFAR10  # here, because it takes as long to import as PyTorch
-        found = any((folder / name).exists() for name in (CIFAR10.base_folder, CIFAR10.filename))
-        with tempfile.TemporaryDirectory() as scratch:
-            halves = [CIFAR10(folder if found else scratch, train, download=True) for train in (True, False)]
-    except Exception as error:
-        raise FileNotFoundError(f'no CIFAR-10 in {folder}, and it cannot be downloaded ({error}). Put train.pt and '
-                                'test.pt or the archive there, or use --data DIR or --data synthetic') from error
-    splits = {name: dict(images=torch.from_numpy(half.data), labels=torch.tensor(half.targets), classes=half.classes)
-              for name, half in zip(('train.pt', 'test.pt'), halves, strict=True)}
-    try:
-        for name in splits:
-            if not (folder / name).exists():
-                save(splits[name], folder / name)
-    except (OSError, RuntimeError) as error:
-        print(f'note: the data could not be cached in {folder} ({error})', file=sys.stderr)
-    return splits
-
-
-def save(data, file):
-    """The whole file or none, whatever happens and whoever else writes it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix='tmp-') as scratch:
-        torch.save(data, Path(scratch, file.name))
-        os.replace(Path(scratch, file.name), file)
 
 
 def report(row, verbose, history):
@@ -456,7 +432,7 @@ def report(row, verbose, history):
 def count_pflops(h, steps, test_size, num_classes=10):
     """By the paper's convention: a training image costs three forward passes, a view in test-time augmentation one."""
     from torch.utils.flop_counter import FlopCounterMode  # here, because it can import Triton, which takes a while
-    net, sizes = Net(h, num_classes, 'meta'), [crop_size(h, step, steps) for step in range(steps)]
+    net, sizes = Net(h, num_classes, 'meta'), [image_size(h, step, steps) for step in range(steps)]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for size in set(sizes):
             net(torch.empty(3 * h['batch_size'] * sizes.count(size), 3, size, size, device='meta'))
@@ -568,8 +544,8 @@ def main():
             with open(path, 'a') as log:
                 log.write(json.dumps(runs[-1]) + '\n')
             if args.save and net:
-                save(dict(script=script, state_dict=net.state_dict(), hyperparameters=h, dtype=header['dtype'],
-                          classes=loaders[0].classes), args.save / f'run{i}.pt')
+                torch.save(dict(script=script, state_dict=net.state_dict(), hyperparameters=h, dtype=header['dtype'],
+                                classes=loaders[0].classes), args.save / f'run{i}.pt')
     finally:
         print_summary(runs, header)
     return int(world_size == 1 and bool(runs) and all(run['diverged'] for run in runs))

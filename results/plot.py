@@ -49,7 +49,7 @@ def pflops_by_epoch(header, run):
         import airbench94_muon as script
         of_size = {size: script.count_pflops(hyp | dict(crops=((size, 1.0),)), 1, 0)
                    for size in {32, *(size for size, _ in hyp['crops'])}}
-        costs = [of_size[script.crop_size(hyp, step, steps)] for step in range(steps)]
+        costs = [of_size[script.image_size(hyp, step, steps)] for step in range(steps)]
         training = run['pflops'] - script.count_pflops(hyp, 0, TEST_IMAGES)
     else:
         costs = [1] * steps

@@ -15,14 +15,13 @@ from conftest import ROOT
 # What may differ from airbench94.py: the top-level definitions that a script's recipe changes or adds.
 OWN = {
     'airbench94_muon': {'docstring', 'hyp', 'conv3x3', 'convolution', 'Block', 'Net', 'orthogonalize', 'muon',
-                        'make_optimizer', 'lr_factor', 'crop_size', 'lookahead_update', 'train_step', 'infer', 'train',
+                        'make_optimizer', 'lr_factor', 'image_size', 'lookahead_update', 'train_step', 'infer', 'train',
                         'merge', 'count_pflops'},
     'airbench95': {'docstring', 'hyp'},
     'airbench96': {'docstring', 'hyp', 'CifarLoader', 'Block'},
-    'airbench94_compiled': {'docstring', 'import shutil', 'compiled_net', 'train', 'warmup'},
+    'airbench94_compiled': {'docstring', 'import functools', 'import shutil', 'compiled_net', 'train', 'warmup'},
 }
 MOST_LINES = {'airbench94_muon': 120, 'airbench95': 20, 'airbench96': 55, 'airbench94_compiled': 60}  # of the diff
-MOST = {'airbench94': 560, 'airbench94_muon': 590, 'airbench95': 560, 'airbench96': 560, 'airbench94_compiled': 590}
 SCRIPTS = ('airbench94', *OWN)
 
 
@@ -79,7 +78,7 @@ def test_a_change_to_any_shared_section_is_found(script):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_the_script_is_short(script):
-    assert len(read(script).splitlines()) <= MOST[script]
+    assert len(read(script).splitlines()) <= 560
 
 
 def test_the_sections_are_in_order():

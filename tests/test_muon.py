@@ -16,8 +16,8 @@ from airbench94_muon import (
     CifarLoader,
     Net,
     count_pflops,
-    crop_size,
     hyp,
+    image_size,
     infer,
     init_whitening,
     make_optimizer,
@@ -139,12 +139,12 @@ def test_the_crops_of_each_step(tiny, monkeypatch):
     train(loader, epochs=20 / 11, verbose=False, dtype=torch.float32, **SMALL)
     assert [shape[-1] for shape in seen] == [24] * 8 + [28] * 6 + [32] * 6
     assert all(shape == (100, 3, shape[-1], shape[-1]) for shape in seen)
-    assert [crop_size(hyp, step, 263) for step in (0, 105, 106, 184, 185, 262)] == [24, 24, 28, 28, 32, 32]
+    assert [image_size(hyp, step, 263) for step in (0, 105, 106, 184, 185, 262)] == [24, 24, 28, 28, 32, 32]
 
 
 @pytest.mark.parametrize('key, value', [
-    ('crops', ((24, 0.5), (40, 0.9))), ('crops', ((8, 0.1),)), ('muon_momentum', 1), ('muon_lr', 0),
-    ('muon_lr', math.nan), ('bias_scaler', -1)])
+    ('crops', ((24, 0.5), (40, 0.9))), ('crops', ((8, 0.1),)), ('crops', ((24.5, 0.4),)),
+    ('muon_momentum', 1), ('muon_lr', 0), ('muon_lr', math.nan), ('muon_lr', math.inf), ('bias_scaler', -1)])
 def test_values_that_make_no_sense(key, value):
     with pytest.raises(ValueError, match=f'{key} cannot be'):
         merge({key: value})
