@@ -394,7 +394,7 @@ def synchronized_time(device):
 def load_split(path, train):
     """dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names) of path/train.pt or path/test.pt.
     Without both, it is CIFAR-10's from torchvision's files there, or downloaded to it; for 'synthetic', made up. Raises
-    ValueError for a file that is not in order.
+    ValueError for a file that is not in order, FileNotFoundError for data that cannot be had.
     """
     file = Path(path, 'train.pt' if train else 'test.pt')
     if str(path) == 'synthetic':  # the class is the brightness, under noise

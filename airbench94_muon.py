@@ -358,7 +358,8 @@ def merge(overrides):
         batch_size=type(h['batch_size']) is int and h['batch_size'] > 0, momentum=0 < h['momentum'] < 1,
         weight_decay=0 <= h['weight_decay'] < math.inf, label_smoothing=0 <= h['label_smoothing'] <= 1,
         whiten_bias_epochs=h['whiten_bias_epochs'] >= 0, muon_lr=0 < h['muon_lr'] < math.inf,
-        muon_momentum=0 <= h['muon_momentum'] < 1, crops=all(size in range(17, 33) for size, _ in h['crops']),
+        muon_momentum=0 <= h['muon_momentum'] < 1,
+        crops=all(type(size) is int and 16 < size <= 32 for size, _ in h['crops']),
         aug=isinstance(h['aug'], dict), altflip=h['altflip'] in (True, False), bn_momentum=0 < h['bn_momentum'] <= 1,
         widths=[type(width) for width in h['widths'] if width > 0] == [int] * 3, tta_level=h['tta_level'] in (0, 1, 2))
     if wrong := [f'{key} cannot be {h[key]}' for key in sense if not sense[key]]:
@@ -387,7 +388,7 @@ def synchronized_time(device):
 def load_split(path, train):
     """dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names) of path/train.pt or path/test.pt.
     Without both, it is CIFAR-10's from torchvision's files there, or downloaded to it; for 'synthetic', made up. Raises
-    ValueError for a file that is not in order.
+    ValueError for a file that is not in order, FileNotFoundError for data that cannot be had.
     """
     file = Path(path, 'train.pt' if train else 'test.pt')
     if str(path) == 'synthetic':  # the class is the brightness, under noise

@@ -143,7 +143,7 @@ def test_the_crops_of_each_step(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('crops', ((24, 0.5), (40, 0.9))), ('crops', ((8, 0.1),)), ('crops', ((24.5, 0.4),)),
+    ('crops', ((24, 0.5), (40, 0.9))), ('crops', ((8, 0.1),)), ('crops', ((24.0, 0.4),)),
     ('muon_momentum', 1), ('muon_lr', 0), ('muon_lr', math.nan), ('muon_lr', math.inf), ('bias_scaler', -1)])
 def test_values_that_make_no_sense(key, value):
     with pytest.raises(ValueError, match=f'{key} cannot be'):
