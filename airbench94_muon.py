@@ -166,7 +166,7 @@ class Net(nn.Module):
         x = x.to(self.whiten.weight.dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext():
             x = F.gelu(self.whiten(x))
-            x = F.adaptive_max_pool2d(self.blocks(x), 1)
+            x = self.blocks(x).amax((2, 3))
             logits = self.linear(x.flatten(1))
         return logits.float() * self.scaling_factor  # float32, since the sum of a batch's losses can exceed float16
 
@@ -195,11 +195,15 @@ def orthogonalize(matrix):
 def muon(optimizer):
     """Before an SGD step: gives the filters the norm sqrt(out), and as gradients their orthogonalised momentum."""
     group = optimizer.param_groups[-1]
-    for p, buffer in zip(group['params'], group['buffers'], strict=True):
-        buffer.mul_(group['muon_momentum']).add_(p.grad)
-        nesterov = p.grad.add(buffer, alpha=group['muon_momentum'])
-        p.grad.copy_(orthogonalize(nesterov.flatten(1).to(group['dtype'])).view_as(p))
-        p.div_(p.norm() / len(p)**0.5)  # BatchNorm hides the norm, which sets how far a step turns the filters
+    filters, buffers, grads = group['params'], group['buffers'], [p.grad for p in group['params']]
+    torch._foreach_mul_(buffers, group['muon_momentum'])
+    torch._foreach_add_(buffers, grads)
+    torch._foreach_add_(grads, buffers, alpha=group['muon_momentum'])
+    for grad in grads:
+        matrix = grad.to(group['dtype'], memory_format=torch.contiguous_format).flatten(1)
+        grad.copy_(orthogonalize(matrix).view_as(grad))
+    # BatchNorm hides the norm, which sets how far a step turns the filters.
+    torch._foreach_div_(filters, torch._foreach_div(torch._foreach_norm(filters), [len(p)**0.5 for p in filters]))
 
 
 def make_optimizer(net, h):

@@ -203,5 +203,5 @@ def test_float16_steps_on_the_meta_device():
     assert all(p.dtype == (torch.float32 if 'norm' in name else torch.float16) for name, p in net.named_parameters())
     calls = Counter(counted.calls)
     assert calls['aten.addmm.default'] == 6 * 3 * 2  # 6 filters, no two of a shape, 3 steps
-    assert len(counted.calls) <= 225, calls
+    assert len(counted.calls) <= 186, calls  # 182 in PyTorch 2.14
     assert not {call for call in calls if 'local_scalar' in call or 'nonzero' in call}  # which wait for the GPU
