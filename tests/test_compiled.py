@@ -68,7 +68,7 @@ def test_nothing_either_where_the_training_is_compiled_too(tiny, monkeypatch):
         start = counters['stats']['unique_graphs']
         warmup(loader(tiny), held_out(tiny), **small)
     before = counters['stats']['unique_graphs']
-    assert before >= start + 3  # the bias trained, the bias frozen, evaluation
+    assert before >= start + 2  # training and evaluation; PyTorch 2.14 has one more, for the frozen bias
     train(loader(tiny), epochs=2, whiten_bias_epochs=1, verbose=False, history=[], **small)
     assert counters['stats']['unique_graphs'] == before
 

@@ -83,7 +83,7 @@ class CountCalls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('script, step_calls, loader_calls', [
-    (airbench94, 88, 17), (airbench95, 88, 17), (airbench96, 115, 29)],
+    (airbench94, 92, 17), (airbench95, 92, 17), (airbench96, 119, 29)],  # of a step 4 fewer in PyTorch 2.14
     ids=lambda value: getattr(value, '__name__', None))
 def test_the_number_of_calls_on_the_path_of_cuda(script, step_calls, loader_calls, tiny):
     hyp = script.hyp
