@@ -135,7 +135,8 @@ def main(arguments=None):
         return 2
     try:
         scripts = {}
-        for path in args.logs or sorted(HERE.glob('airbench*.jsonl')):
+        of_scripts = sorted(HERE.glob('airbench*.jsonl'))  # or rather those of the same on a GPU, which have more runs
+        for path in args.logs or [max(HERE / f'gpu_{path.name}', path, key=Path.exists) for path in of_scripts]:
             header = summarize.read_logs([path])[0]
             scripts.setdefault(header['script'], []).append(path)
         logs = []

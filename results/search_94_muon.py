@@ -48,8 +48,9 @@ base = dict(
     prune=None,  # [start, share]: then the share of images with least loss, when last seen, is skipped every other time
     tta_share=0.25)
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # For the networks and for Muon's products.
-DTYPE = torch.bfloat16 if torch.cpu.get_capabilities().get('avx512_bf16') else torch.float32
+DTYPE = torch.bfloat16 if DEVICE == 'cuda' or torch.cpu.get_capabilities().get('avx512_bf16') else torch.float32
 data = {}
 MEAN, STD = (torch.tensor(value).view(3, 1, 1) for value in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
 
@@ -58,7 +59,7 @@ def load(root):
     for split in ('train', 'test'):
         d = torch.load(Path(root, f'{split}.pt'), weights_only=True)
         images = d['images'].permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD)
-        data[split] = images, d['labels']
+        data[split] = images.to(DEVICE), d['labels'].to(DEVICE)
 
 
 def convolution(cin, cout, kernel=3, unpadded=0):
@@ -131,7 +132,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast('cpu', DTYPE) if x.device.type == 'cpu' and DTYPE == torch.bfloat16 else nullcontext():
+        with torch.autocast(DEVICE, DTYPE) if x.device.type == DEVICE and DTYPE == torch.bfloat16 else nullcontext():
             x = self.blocks(F.gelu(self.whiten(x)))
             x = x.amax((2, 3)) if self.head == 'max' else (x.amax((2, 3)) + x.mean((2, 3))) / 2
             x = self.linear(self.dropout(x))
@@ -141,7 +142,7 @@ class Net(nn.Module):
 @torch.no_grad()
 def init_whitening(net, images, eps=5e-4):
     patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())
     filters = (vectors / torch.sqrt(values + eps)).T.reshape(12, 3, 2, 2)
     net.whiten.weight.copy_(torch.cat((filters, -filters)))
 
@@ -223,20 +224,20 @@ def batches(h, flip_mask, order, size, how, batch_size):
             crops = x.unfold(2, size, 1).unfold(3, size, 1)
         else:
             crops = F.pad(x, (h.translate,) * 4, mode='reflect').unfold(2, 32, 1).unfold(3, 32, 1)
-        rows, columns = torch.randint(crops.size(2), (2, len(idx)))
-        x = crops[torch.arange(len(idx)), :, rows, columns]
+        rows, columns = torch.randint(crops.size(2), (2, len(idx)), device=DEVICE)
+        x = crops[torch.arange(len(idx), device=DEVICE), :, rows, columns]
         if how == 'crop' and h.moved_crops:
             crops = x.unfold(2, size, 1).unfold(3, size, 1)
-            rows, columns = torch.randint(crops.size(2), (2, len(idx)))
-            x = crops[torch.arange(len(idx)), :, rows, columns]
+            rows, columns = torch.randint(crops.size(2), (2, len(idx)), device=DEVICE)
+            x = crops[torch.arange(len(idx), device=DEVICE), :, rows, columns]
         if how == 'area':
             x = F.interpolate(x, size=size, mode='area')
         if h.contrast or h.brightness:
-            x = x * (1 + h.contrast * (2 * torch.rand(len(x), 1, 1, 1) - 1))
-            x = x + h.brightness * (2 * torch.rand(len(x), 1, 1, 1) - 1)
+            x = x * (1 + h.contrast * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1))
+            x = x + h.brightness * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1)
         if h.cutout:
-            y0, x0 = (torch.randint(x.size(-1) - h.cutout + 1, (len(x), 1, 1, 1)) for _ in range(2))
-            at = torch.arange(x.size(-1))
+            y0, x0 = (torch.randint(x.size(-1) - h.cutout + 1, (len(x), 1, 1, 1), device=DEVICE) for _ in range(2))
+            at = torch.arange(x.size(-1), device=DEVICE)
             inside = [(at >= start) & (at < start + h.cutout) for start in (y0, x0)]
             x = x.masked_fill(inside[0].mT & inside[1], 0)
         yield x, labels[idx], idx
@@ -273,7 +274,7 @@ def run(changes, seed):
     steps = round((h.budget * 1e15 - tta) * 1000 / sum(cost(size, batch_size, frac) for frac in grid
                                                        for size, _, batch_size in [stage_of(h, frac)]))
 
-    net = Net(h).train()
+    net = Net(h).to(DEVICE).train()
     filters = [p for name, p in net.named_parameters() if (p.ndim == 4 or 'gate' in name) and p.requires_grad]
     biases = [p for name, p in net.named_parameters() if 'norm' in name and p.requires_grad]
     decay, peaks = h.weight_decay * 2000, [h.bias_lr, h.bias_lr, h.head_lr]
@@ -285,14 +286,14 @@ def run(changes, seed):
     average = [tensor.clone() for tensor in state]
     start = time.perf_counter()
     init_whitening(net, data['train'][0][:h.whiten_images])
-    flip_mask = torch.rand(50000) < 0.5
-    loss_of, skipped = torch.full((50000,), math.inf), torch.zeros(50000, dtype=torch.bool)
+    flip_mask = torch.rand(50000, device=DEVICE) < 0.5
+    loss_of, skipped = torch.full((50000,), math.inf, device=DEVICE), torch.zeros_like(flip_mask)
     names = {p: name for name, p in net.named_parameters()}
     averaging = False
     step, seen, spent, losses, accs = 0, 0, 0.0, [], []
     while step < steps:
         size, how, batch_size = stage_of(h, step / steps)
-        order = torch.randperm(50000)
+        order = torch.randperm(50000, device=DEVICE)
         if h.prune and step >= h.prune[0] * steps:
             easy = (loss_of < loss_of.quantile(h.prune[1])) & ~skipped
             order, skipped = order[~easy[order]], easy
@@ -329,8 +330,8 @@ def run(changes, seed):
                     update = orthogonalize(grad.flatten(1), h.ns_steps)
                     decayed = 1 - step / (h.freeze * steps) if early else factor
                     p.add_(update.view_as(p).to(p.dtype), alpha=-(h.gate_lr if gate else h.muon_lr) * decayed)
-            losses.append(loss.item() / len(y))
-            accs.append(acc(logits, y))
+            losses.append(loss.detach() / len(y))
+            accs.append((logits.detach().argmax(1) == y).float().mean())
             spent += cost(size, batch_size, step / steps)
             seen += len(y)
             step += 1
@@ -343,10 +344,12 @@ def run(changes, seed):
         flip_mask[order] ^= True  # up to the run of seed 1428: also those that `prune` had skipped
     if h.lookahead or h.ema:
         lookahead_update(average, state, 1.0)
+    if DEVICE == 'cuda':
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return dict(changes=changes, seed=seed, steps=steps, epochs=seen / 50000, pflops=(spent + tta) / 1e15,
-                dtype=str(DTYPE)[6:], train_seconds=seconds, train_loss=sum(losses[-10:]) / 10,
-                train_acc=sum(accs[-10:]) / 10, **evaluate(net, h))
+                dtype=str(DTYPE)[6:], train_seconds=seconds, train_loss=sum(losses[-10:]).item() / 10,
+                train_acc=sum(accs[-10:]).item() / 10, **evaluate(net, h))
 
 
 def main():

@@ -1,5 +1,5 @@
 """
-One summary over any number of logs of one recipe, such as those of torchrun's ranks, and the README's row for them:
+One summary over any number of logs of one recipe, such as those of torchrun's ranks, and the README's cell for them:
 
     python results/summarize.py logs/series.rank*.jsonl
 
@@ -124,17 +124,16 @@ def welch(a, b):
                 p=t_two_sided(difference / stderr, df))
 
 
-def readme_row(script, summary):
-    """The row of the README's table of results."""
-    cells = (f'`{script}.py`', f'{100 * summary["mean"]:.2f}',
-             '' if summary['stderr'] is None else f'{100 * summary["stderr"]:.2f}', str(summary['n']),
-             f'{summary["pflops"]:.2f}', *PUBLISHED.get(script, ('', '', ''))[:2])
-    return f'| {" | ".join(cells)} |'
+def readme_cell(summary):
+    """The cell of the README's table of results: the mean, its standard error and the number of runs."""
+    spread = '' if summary['stderr'] is None else f' ± {100 * summary["stderr"]:.2f}'
+    return f'{100 * summary["mean"]:.2f}{spread} ({summary["n"]})'
 
 
 def readme_time(run):
-    """A run's field in the README's table of processors: seconds and TFLOP/s."""
-    return f'{run["seconds"]:.0f} s, {1000 * run["pflops"] / run["seconds"]:.2f}'
+    """A run's cell in the README's table of processors: seconds and TFLOP/s, in three figures at least."""
+    seconds, rate = run['seconds'], 1000 * run['pflops'] / run['seconds']
+    return f'{seconds:.{max(0, 2 - int(math.log10(seconds)))}f} s, {rate:.{2 if rate < 10 else 0}f}'
 
 
 def print_summary(paths, header, runs, s):
@@ -177,7 +176,7 @@ def main(arguments=None):
         print(f'95% interval       {test["interval"][0]:+.4f} to {test["interval"][1]:+.4f}')
         print(f'Welch\'s t-test     t {test["t"]:.3f}, {test["df"]:.2f} degrees of freedom, p {test["p"]:.2g}')
     elif summaries[0]['pflops'] and not sets[0][1]['synthetic']:
-        print(readme_row(sets[0][1]['script'], summaries[0]))
+        print(f'README             {readme_cell(summaries[0])}')
     return 0
 
 

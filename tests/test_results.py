@@ -15,32 +15,37 @@ CIFAR10 = dict(
                labels='f5cfe00b0f00968c0cc5ff3b1d2de51b10e33efa277c2986f4e0fa63e58c9f4f'),
     test=dict(images='f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04',
               labels='cbb7365de8ed11f05cc4c3a1e7f78144127c5e851efd83762fb18202461230bb'))
-LOGS = sorted((ROOT / 'results').glob('airbench*.jsonl'))
+CPU_LOGS, GPU_LOGS = (sorted((ROOT / 'results').glob(f'{kind}airbench*.jsonl')) for kind in ('', 'gpu_'))
+LOGS = CPU_LOGS + GPU_LOGS
 
 
 def table():
-    """The README's rows by script."""
-    rows = re.findall(r'^\| `airbench\w+\.py` \|.*$', (ROOT / 'README.md').read_text(), re.MULTILINE)
-    return {re.search(r'airbench\w+', row)[0]: row for row in rows}
+    """The cells of the README's rows by script: PFLOPs, accuracy on the GPU, on CPUs, of the paper, and its PFLOPs."""
+    rows = re.findall(r'^\| `(airbench\w+)\.py` \|(.*)\|$', (ROOT / 'README.md').read_text(), re.MULTILINE)
+    return {script: [cell.strip() for cell in row.split('|')] for script, row in rows}
 
 
 def check_row(row, header, runs, hyp):
     """Raises AssertionError where this row of the table is not what the log says."""
-    summary = summarize.summarize(runs)
-    assert row == summarize.readme_row(header['script'], summary) and summary['diverged'] == 0
+    summary, gpu = summarize.summarize(runs), 'NVIDIA' in runs[0]['device']
+    assert row[1 if gpu else 2] == summarize.readme_cell(summary) and summary['diverged'] == 0
+    assert {f'{run["pflops"]:.2f}' for run in runs} == {row[0]}
+    assert row[3:] == list(summarize.PUBLISHED[header['script']][:2])
     assert header['data'] == CIFAR10 and not header['synthetic']
     assert header['hyperparameters'] == json.loads(json.dumps(hyp))
 
 
-def test_every_log_has_its_row_and_every_row_its_log():
-    assert LOGS and sorted(table()) == [log.stem for log in LOGS]
+def test_every_log_has_its_cell_and_every_cell_its_log():
+    assert CPU_LOGS and sorted(table()) == [log.stem for log in CPU_LOGS]
+    assert [f'gpu_{script}' for script, row in table().items() if row[1]] == [log.stem for log in GPU_LOGS]
 
 
 @pytest.mark.parametrize('log', LOGS, ids=lambda log: log.stem)
 def test_the_row_follows_from_the_log(log):
     header, runs = summarize.read_logs([log])
-    assert header['script'] == log.stem
-    check_row(table()[log.stem], header, runs, importlib.import_module(log.stem).hyp)
+    assert header['script'] == log.stem.removeprefix('gpu_')
+    assert all((run['device'] == 'NVIDIA H200') == (log in GPU_LOGS) for run in runs)
+    check_row(table()[header['script']], header, runs, importlib.import_module(header['script']).hyp)
 
 
 @pytest.mark.parametrize('key, value', [('tta_val_acc', 0.95), ('pflops', 0.37), ('diverged', True)])
@@ -57,9 +62,12 @@ def test_the_sentence_at_the_top_follows_from_the_log():
     text = ' '.join((ROOT / 'README.md').read_text().split('## Use')[0].split())
     runs = summarize.read_logs([ROOT / 'results' / 'airbench94.jsonl'])[1]
     summary = summarize.summarize(runs)
-    assert (f'reaches {100 * summary["mean"]:.2f}% in the mean of {len(runs)} runs, the fastest of which took '
+    assert (f', and {100 * summary["mean"]:.2f}% in the mean of {len(runs)} runs, the fastest of which took '
             f'{summary["fastest"]["seconds"] / 60:.0f} minutes on two cores of an Intel Xeon with AMX') in text
     assert processor('airbench94', summary['fastest']).startswith('Intel Xeon, AMX')
+    summary = summarize.summarize(summarize.read_logs([ROOT / 'results' / 'gpu_airbench94.jsonl'])[1])
+    assert (f'reaches {100 * summary["mean"]:.2f}% in the mean of {summary["n"]} runs of {summary["seconds"]:.2f} '
+            'seconds on an NVIDIA H200') in text
 
 
 def processor(script, run):
@@ -79,6 +87,10 @@ def test_the_times_on_each_processor_are_logged_ones():
     logs = {script: summarize.read_logs([ROOT / 'results' / f'{script}.jsonl']) for script in scripts}
     *rows, (name, _, dtype, *cells) = rows
     assert (name, dtype, cells) == ('NVIDIA A100', 'float16', [summarize.PUBLISHED[script][2] for script in scripts])
+    *rows, (name, _, dtype, *cells) = rows
+    means = {log: summarize.summarize(summarize.read_logs([log])[1]) for log in GPU_LOGS}
+    means = {log.stem.removeprefix('gpu_'): summarize.readme_time(mean) for log, mean in means.items()}
+    assert (name, dtype, cells) == ('NVIDIA H200', 'float16', [means.get(script, '') for script in scripts])
     for name, instructions, dtype, *cells in rows:
         for script, cell in zip(scripts, cells, strict=True):
             header, runs = logs[script]
@@ -92,10 +104,10 @@ def test_the_times_on_each_processor_are_logged_ones():
 
 def test_the_figures_are_drawn_from_the_logs():
     accuracy, distribution = ((ROOT / 'results' / name).read_text() for name in ('accuracy.svg', 'distribution.svg'))
-    for log in LOGS:
-        runs = summarize.read_logs([log])[1]
-        assert f'<!-- {log.stem}.py, {len(runs)} run{"s" if len(runs) > 1 else ""} -->' in accuracy
-        if log.stem == 'airbench94':
+    for log in {log.stem.removeprefix('gpu_'): log for log in LOGS}.values():
+        header, runs = summarize.read_logs([log])
+        assert f'<!-- {header["script"]}.py, {len(runs)} run{"s" if len(runs) > 1 else ""} -->' in accuracy
+        if header['script'] == 'airbench94':
             assert f'<!-- mean {100 * summarize.summarize(runs)["mean"]:.2f}%' in distribution
 
 
@@ -121,7 +133,8 @@ def search_runs():
 
 
 def test_the_frontier_follows_from_the_logs():
-    logs = (ROOT / 'results' / f'{name}.jsonl' for name in ('airbench94_muon', 'muon_3x3'))
+    names = ('airbench94_muon', 'gpu_airbench94_muon', 'gpu_muon_amax', 'muon_3x3')
+    logs = (ROOT / 'results' / f'{name}.jsonl' for name in names)
     runs = [run for log in logs for run in summarize.read_logs([log])[1]]
     runs = {run['seed']: run for run in runs + [dict(run, tta_val_acc=run['selective']) for run in search_runs()]}
     assert search_rows(6)
