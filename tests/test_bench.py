@@ -19,7 +19,7 @@ def bench(*arguments):
 def small(tmp_path_factory):
     text = (ROOT / 'airbench94.py').read_text()
     for full, less in (('batch_size=1024', 'batch_size=100'), ('widths=(64, 256, 256)', 'widths=(8, 8, 8)'),
-                       ('5000 if train else 1000', '2000 if train else 100')):
+                       ('5000 if train else 1000', '500 if train else 100')):
         assert full in text
         text = text.replace(full, less)
     path = tmp_path_factory.mktemp('bench') / 'mine.py'
