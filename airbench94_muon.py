@@ -166,7 +166,7 @@ class Net(nn.Module):
         x = x.to(self.whiten.weight.dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext():
             x = F.gelu(self.whiten(x))
-            x = self.blocks(x).amax((2, 3))
+            x = self.blocks(x).amax((2, 3))  # on an H200 a run is a sixth shorter than with adaptive_max_pool2d
             logits = self.linear(x.flatten(1))
         return logits.float() * self.scaling_factor  # float32, since the sum of a batch's losses can exceed float16
 
