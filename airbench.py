@@ -1,6 +1,10 @@
 """
-The scripts as a library: `import airbench`, then airbench.train94() and its like. There is no other implementation:
-everything here is re-exported from the scripts, of which airbench96's loader knows all augmentations, or calls them.
+The scripts as a library: `import airbench`, then airbench.train94() and its like.
+
+There is no other implementation. What is here is the scripts' own. The loader is that of
+airbench96, which knows all augmentations. infer and evaluate are for all networks;
+airbench94_muon.py has a test-time augmentation of its own, and so infer94_muon and
+evaluate94_muon.
 """
 
 import importlib
@@ -10,6 +14,8 @@ import torch
 from airbench94 import DEVICE
 from airbench94 import train as train94
 from airbench94 import warmup as warmup94
+from airbench94_muon import evaluate as evaluate94_muon
+from airbench94_muon import infer as infer94_muon
 from airbench94_muon import train as train94_muon
 from airbench94_muon import warmup as warmup94_muon
 from airbench95 import train as train95
@@ -18,26 +24,58 @@ from airbench96 import CifarLoader, evaluate, infer
 from airbench96 import train as train96
 from airbench96 import warmup as warmup96
 
-__all__ = ['CifarLoader', 'evaluate', 'infer', 'load_net',
-           'train94', 'train94_muon', 'train95', 'train96', 'warmup94', 'warmup94_muon', 'warmup95', 'warmup96']
+__all__ = [
+    'CifarLoader',
+    'evaluate',
+    'evaluate94_muon',
+    'infer',
+    'infer94_muon',
+    'load_net',
+    'train94',
+    'train94_muon',
+    'train95',
+    'train96',
+    'warmup94',
+    'warmup94_muon',
+    'warmup95',
+    'warmup96',
+]
 SCRIPTS = ('airbench94', 'airbench94_compiled', 'airbench94_muon', 'airbench95', 'airbench96')
 
 
-def load_net(file, device=DEVICE):
+def load_net(file, script=None, device=DEVICE, dtype=None):
     """
-    The network that a script wrote with --save, in evaluation mode and in the precision it was trained in; its classes
-    are net.classes. Raises ValueError for a file that is not such, FileNotFoundError where there is none.
+    The network that a script wrote with --save, in evaluation mode. net.classes are its classes.
+
+    script: the module that has its Net, if that is not a script of airbench.
+    device: where to put it.
+    dtype: see Net (default: that of its training, but float32 for float16 on a CPU, where float16
+        is several times slower).
+
+    Raises ValueError for another file, FileNotFoundError where there is none.
     """
     try:
-        saved = torch.load(file, map_location=device, weights_only=True)
-        if saved['script'] not in SCRIPTS:
-            raise ValueError(saved['script'])
-        net = importlib.import_module(saved['script']).Net(
-            saved['hyperparameters'], len(saved['classes']), device, getattr(torch, saved['dtype']))
-        net.load_state_dict(saved['state_dict'])
+        saved = torch.load(file, map_location='cpu', weights_only=True)
+        name = saved['script']
+        hyperparameters, classes = saved['hyperparameters'], saved['classes']
+        trained_dtype, weights = getattr(torch, saved['dtype']), saved['state_dict']
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever the zip reader, the unpickler and other contents make of it
-        raise ValueError(f'{file} is not a network that a script of airbench wrote with --save') from error
-    net.classes = saved['classes']
+    except Exception as error:  # whatever the reader of the file makes of other content
+        raise ValueError(f'{file} is not a network that a script wrote with --save') from error
+    if script is None:
+        if name not in SCRIPTS:
+            raise ValueError(f'{file} is a network of {name}.py: import that, and say '
+                             f'load_net(file, script={name})')
+        script = importlib.import_module(name)
+    device = torch.device(device)
+    if dtype is None:
+        slow = trained_dtype == torch.float16 and device.type == 'cpu'
+        dtype = torch.float32 if slow else trained_dtype
+    net = script.Net(hyperparameters, len(classes), device, dtype)
+    try:
+        net.load_state_dict(weights)
+    except Exception as error:  # names or shapes that are not those of Net
+        raise ValueError(f'{file} does not fit the network of {script.__name__}.py') from error
+    net.classes = classes
     return net.eval()

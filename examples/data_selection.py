@@ -1,8 +1,9 @@
 """
 Are the examples that a network is least sure of worth more than random ones?
 
-A network is trained without label smoothing, which would blur its confidence, and ranks the training images by it.
-Then one network is trained on a random 60% of them and another on the least confident 60%, for 16 epochs each.
+A network is trained without label smoothing, which would blur its confidence, and ranks the
+training images by it. Then one network is trained on a random 60% of them and another on the least
+confident 60%, for 16 epochs each.
 
     python examples/data_selection.py --data DIR --seed S --log FILE
 """
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from a checkout as it stands
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from a checkout as it stands
 from airbench import CifarLoader, infer, train94  # noqa: E402
-from airbench94 import describe, hyp  # noqa: E402
+from airbench94 import device_name, hyp  # noqa: E402
 
 
 def subset(loader, indices):
@@ -29,18 +30,32 @@ def subset(loader, indices):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', metavar='DIR', help='as for airbench94.py (default: $AIRBENCH_DATA, else cifar10)')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--data', metavar='DIR', help='as for airbench94.py (default: $AIRBENCH_DATA, else cifar10)'
+    )
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
-    parser.add_argument('--epochs', type=float, default=16.0,
-                        help='for the two subsets, and at most so many before (default: %(default)s)')
-    parser.add_argument('--log', type=Path, default=Path('logs', 'data_selection.jsonl'),
-                        help='JSON lines, appended to (default: %(default)s)')
+    parser.add_argument(
+        '--epochs',
+        type=float,
+        default=16.0,
+        help='for the two subsets, and at most so many before (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--log',
+        type=Path,
+        default=Path('logs', 'data_selection.jsonl'),
+        help='JSON lines, appended to (default: %(default)s)',
+    )
     args = parser.parse_args()
     if not 0 < args.epochs < math.inf:
         parser.error('--epochs must be more than 0')
     try:
-        train_loader = CifarLoader(args.data, train=True, batch_size=1024, aug=dict(flip=True, translate=2))
+        train_loader = CifarLoader(
+            args.data, train=True, batch_size=1024, aug=dict(flip=True, translate=2)
+        )
         test_loader = CifarLoader(args.data, train=False)
         args.log.parent.mkdir(parents=True, exist_ok=True)
         log = open(args.log, 'a', buffering=1)
@@ -48,38 +63,77 @@ def main():
         print(f'data_selection: error: {error}', file=sys.stderr)
         return 2
 
-    print(json.dumps(dict(
-        type='header', arguments={name: str(value) for name, value in vars(args).items()}, torch=torch.__version__,
-        device=describe(train_loader.images.device)[0], threads=torch.get_num_threads(),
-        data=dict(train=train_loader.sha256, test=test_loader.sha256), source=Path(__file__).read_text())), file=log)
+    print(
+        json.dumps(
+            dict(
+                type='header',
+                arguments={name: str(value) for name, value in vars(args).items()},
+                torch=torch.__version__,
+                device=device_name(train_loader.images.device),
+                threads=torch.get_num_threads(),
+                data=dict(train=train_loader.sha256, test=test_loader.sha256),
+                source=Path(__file__).read_text(),
+            )
+        ),
+        file=log,
+    )
     results = []
 
     def run(name, loader, seed, **options):
         print(f'\n{name}: {len(loader.images)} images')
-        history = []
-        net = train94(loader, seed=seed, test_loader=test_loader, history=history, **options)
-        results.append(dict(type='run', name=name, images=len(loader.images), seed=seed, **options,
-                            val_acc=[row['val_acc'] for row in history[:-1]], seconds=history[-1]['time_seconds'],
-                            tta_val_acc=history[-1]['tta_val_acc']))
+        rows = []
+        net = train94(
+            loader, test_loader, seed=seed, callback=lambda net, row: rows.append(row), **options
+        )
+        results.append(
+            dict(
+                type='run',
+                name=name,
+                images=len(loader.images),
+                seed=seed,
+                **options,
+                val_acc=[row['val_acc'] for row in rows[:-1]],
+                seconds=rows[-1]['time_seconds'],
+                tta_val_acc=rows[-1]['tta_val_acc'],
+            )
+        )
         print(json.dumps(results[-1]), file=log)
         return net
 
     try:
-        net = run('all, without label smoothing', train_loader, args.seed, epochs=min(hyp['epochs'], args.epochs),
-                  label_smoothing=0)
+        net = run(
+            'all, without label smoothing',
+            train_loader,
+            args.seed,
+            epochs=min(hyp['epochs'], args.epochs),
+            label_smoothing=0,
+        )
         confidence = infer(net, train_loader).softmax(1).amax(1)
         n = int(0.6 * len(confidence))
         torch.manual_seed(args.seed)
-        run('random 60%', subset(train_loader, torch.randperm(len(confidence), device=confidence.device)[:n]),
-            args.seed + 1, epochs=args.epochs)
-        run('least confident 60%', subset(train_loader, confidence.argsort()[:n]), args.seed + 2, epochs=args.epochs)
-    except (FloatingPointError, ValueError) as error:  # it diverged, or 60% of the images are less than a batch
+        run(
+            'random 60%',
+            subset(train_loader, torch.randperm(len(confidence), device=confidence.device)[:n]),
+            args.seed + 1,
+            epochs=args.epochs,
+        )
+        run(
+            'least confident 60%',
+            subset(train_loader, confidence.argsort()[:n]),
+            args.seed + 2,
+            epochs=args.epochs,
+        )
+    except (FloatingPointError, ValueError) as error:
+        # It diverged, or 60% of the images are less than a batch.
         print(f'data_selection: error: {error}', file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
 
     print(f'\n{"trained on":30}{"images":>8}{"epochs":>8}{"tta_val_acc":>13}')
     for result in results:
-        print(f'{result["name"]:30}{result["images"]:8}{result["epochs"]:8}{result["tta_val_acc"]:13.4f}')
+        print(
+            f'{result["name"]:30}{result["images"]:8}{result["epochs"]:8}'
+            f'{result["tta_val_acc"]:13.4f}'
+        )
     return 0
 
 

@@ -1,12 +1,14 @@
 """
-The search for airbench94_muon.py: trains variants of its recipe, one after another, and logs each as it ends.
+The search for airbench94_muon.py: trains variants of its recipe, one after another, and logs each
+as it ends.
 
     python results/search_94_muon.py QUEUE LOG DATA
 
-A line of QUEUE is a JSON object, what is changed of `base` below, and "seed"; lines may be added while it runs. A line
-of LOG is a run: changes, seed, steps, PFLOPs (training, optimiser and test-time augmentation) and the accuracy without
-test-time augmentation, with the mirrored pair, and with `selective`: for the tta_share of the images that the pair
-leaves least sure, all nine one-pixel translations, mirrored. `budget`, in PFLOPs, sets the number of steps.
+A line of QUEUE is a JSON object, what is changed of `base` below, and "seed"; lines may be added
+while it runs. A line of LOG is a run: changes, seed, steps, PFLOPs (training, optimiser and
+test-time augmentation) and the accuracy without test-time augmentation, with the mirrored pair, and
+with `selective`: for the tta_share of the images that the pair leaves least sure, all nine
+one-pixel translations, mirrored. `budget`, in PFLOPs, sets the number of steps.
 """
 
 import ctypes
@@ -24,35 +26,77 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 base = dict(
-    budget=0.13, muon_lr=0.24, muon_momentum=0.6, ns_steps=3, renorm=1, sgd_momentum=0.85,
-    bias_lr=0.053, head_lr=0.67, weight_decay=2e-6, label_smoothing=0.2, whiten_bias_epochs=3.0, whiten_images=5000,
-    bn_momentum=0.4, act='gelu', widths=[64, 256, 256], pool_first=[0, 0, 0], translate=2, brightness=0.0, contrast=0.0,
-    stages=[[1.0, 32, 'none', 2000]],  # share of the steps, pixels, how (none, area: resized, crop), batch size
-    moved_crops=False,  # crops of images already moved by up to `translate`, as from the scripts' loader
-    one_bias_lr=False,  # the whitening bias's lr is that of the other biases until it is frozen, at an epoch's end
+    budget=0.13,
+    muon_lr=0.24,
+    muon_momentum=0.6,
+    ns_steps=3,
+    renorm=1,
+    sgd_momentum=0.85,
+    bias_lr=0.053,
+    head_lr=0.67,
+    weight_decay=2e-6,
+    label_smoothing=0.2,
+    whiten_bias_epochs=3.0,
+    whiten_images=5000,
+    bn_momentum=0.4,
+    act='gelu',
+    widths=[64, 256, 256],
+    pool_first=[0, 0, 0],
+    translate=2,
+    brightness=0.0,
+    contrast=0.0,
+    stages=[
+        [1.0, 32, 'none', 2000]
+    ],  # share of the steps, pixels, how (none, area: resized, crop), batch size
+    # crops of images already moved by up to `translate`, as from the scripts' loader
+    moved_crops=False,
+    # the whitening bias's lr is that of the other biases until it is frozen, at an epoch's end
+    one_bias_lr=False,
     lookahead=False,  # as in airbench94.py
     mids=None,  # the blocks' channels after their first convolution, if not `widths`
-    kernels=[[3, 3], [3, 3], [3, 3]],  # the sides of each block's convolutions'; those of 2 are without padding
+    kernels=[
+        [3, 3],
+        [3, 3],
+        [3, 3],
+    ],  # the sides of each block's convolutions'; those of 2 are without padding
     unpadded=[[0, 0], [0, 0], [0, 0]],  # 1: that one, of 3, is without padding too
     extra=[0, 0, 0],  # a third convolution in the block, with a residual
-    pools=['2x2', '2x2', '2x2'],  # or 3x3: overlapping, with stride 2; ceil: drops no rows of a map of odd size; to 3x3
-    gate=None,  # or se: a block's channels times twice the sigmoid of a linear map of their means over positions
+    pools=[
+        '2x2',
+        '2x2',
+        '2x2',
+    ],  # or 3x3: overlapping, with stride 2; ceil: drops no rows of a map of odd size; to 3x3
+    # or se: a block's channels times twice the sigmoid of a linear map of their means over
+    # positions
+    gate=None,
     gate_lr=0.1,  # Muon's, of the gates' matrices
     head='max',  # or maxavg: the mean of the maximum and the average over positions
     ghost=0,  # BatchNorm over so many images at a time
     dropout=0.0,  # of the features before the head
     cutout=0,  # pixels
     lr_end=0.0,  # share of the peak
-    ema=None,  # [start, decay]: from this share of the steps, the average of the weights that is tested
-    freeze=1.0,  # block 1 trains for this share of the steps, its lr falling to 0, and then has no backward pass
-    prune=None,  # [start, share]: then the share of images with least loss, when last seen, is skipped every other time
-    tta_share=0.25)
+    # [start, decay]: from this share of the steps, the average of the weights that is tested
+    ema=None,
+    # block 1 trains for this share of the steps, its lr falling to 0, and then has no backward pass
+    freeze=1.0,
+    # [start, share]: then the share of images with least loss, when last seen, is skipped every
+    # other time
+    prune=None,
+    tta_share=0.25,
+)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # For the networks and for Muon's products.
-DTYPE = torch.bfloat16 if DEVICE == 'cuda' or torch.cpu.get_capabilities().get('avx512_bf16') else torch.float32
+DTYPE = (
+    torch.bfloat16
+    if DEVICE == 'cuda' or torch.cpu.get_capabilities().get('avx512_bf16')
+    else torch.float32
+)
 data = {}
-MEAN, STD = (torch.tensor(value).view(3, 1, 1) for value in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
+MEAN, STD = (
+    torch.tensor(value).view(3, 1, 1)
+    for value in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+)
 
 
 def load(root):
@@ -78,7 +122,7 @@ class GhostNorm(nn.BatchNorm2d):
 
 
 def norm(channels, h):
-    momentum = 1 - (1 - h.bn_momentum)**(h.ghost / 2000) if h.ghost else h.bn_momentum
+    momentum = 1 - (1 - h.bn_momentum) ** (h.ghost / 2000) if h.ghost else h.bn_momentum
     module = GhostNorm(channels, eps=1e-12, momentum=momentum)
     module.size = h.ghost
     module.weight.requires_grad = False
@@ -89,7 +133,9 @@ def pool(x, how):
     if how == 'to 3x3':
         return F.adaptive_max_pool2d(x, 3)
     if how == '3x3':
-        return F.max_pool2d(x, 3, 2, ceil_mode=True)  # as many positions as 2x2 for sizes that are odd
+        return F.max_pool2d(
+            x, 3, 2, ceil_mode=True
+        )  # as many positions as 2x2 for sizes that are odd
     return F.max_pool2d(x, 2, ceil_mode=how == 'ceil')
 
 
@@ -132,7 +178,11 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(DEVICE, DTYPE) if x.device.type == DEVICE and DTYPE == torch.bfloat16 else nullcontext():
+        with (
+            torch.autocast(DEVICE, DTYPE)
+            if x.device.type == DEVICE and DTYPE == torch.bfloat16
+            else nullcontext()
+        ):
             x = self.blocks(F.gelu(self.whiten(x)))
             x = x.amax((2, 3)) if self.head == 'max' else (x.amax((2, 3)) + x.mean((2, 3))) / 2
             x = self.linear(self.dropout(x))
@@ -171,7 +221,11 @@ def forward_flops(h, size):
     net = Net(h).to('meta').eval()  # as BatchNorm refuses a single value of a channel to train on
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, 3, size, size, device='meta'))
-    shapes = [p.shape for name, p in net.named_parameters() if (p.ndim == 4 or 'gate' in name) and p.requires_grad]
+    shapes = [
+        p.shape
+        for name, p in net.named_parameters()
+        if (p.ndim == 4 or 'gate' in name) and p.requires_grad
+    ]
     with torch.no_grad(), FlopCounterMode(display=False) as block:
         net.blocks[0](net.whiten(torch.empty(1, 3, size, size, device='meta')))
     return counter.get_total_flops(), muon_flops(shapes, h.ns_steps), block.get_total_flops()
@@ -179,7 +233,7 @@ def forward_flops(h, size):
 
 def views_shift(images, size, dy, dx):
     padded, first = F.pad(images, (1,) * 4, mode='reflect'), 1 + (32 - size) // 2
-    return padded[..., first + dy:first + size + dy, first + dx:first + size + dx]
+    return padded[..., first + dy : first + size + dy, first + dx : first + size + dx]
 
 
 @torch.no_grad()
@@ -196,7 +250,7 @@ def evaluate(net, h):
     out = dict(none=acc(plain, labels), mirror=acc(mirror, labels))
     probs = mirror.softmax(1).topk(2, 1).values
     margin = probs[:, 0] - probs[:, 1]
-    hard = margin.argsort()[:int(h.tta_share * len(labels))]
+    hard = margin.argsort()[: int(h.tta_share * len(labels))]
     total = mirror[hard] * 2
     for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
         moved = torch.cat([views_shift(chunk, size, dy, dx) for chunk in whole[hard].split(1000)])
@@ -205,8 +259,11 @@ def evaluate(net, h):
     sel[hard] = total / 18
     out['selective'] = acc(sel, labels)
     out['selective_loss'] = F.cross_entropy(sel, labels).item()
-    # The least loss that a factor on the logits gives: to compare networks that label smoothing leaves unsure unalike.
-    out['scaled_loss'] = min(F.cross_entropy(sel * factor / 10, labels).item() for factor in range(5, 50))
+    # The least loss that a factor on the logits gives: to compare networks that label smoothing
+    # leaves unsure unalike.
+    out['scaled_loss'] = min(
+        F.cross_entropy(sel * factor / 10, labels).item() for factor in range(5, 50)
+    )
     out['selective_views'] = 2 + 16 * h.tta_share
     return out
 
@@ -217,7 +274,7 @@ def acc(logits, labels):
 
 def batches(h, flip_mask, order, size, how, batch_size):
     images, labels = data['train']
-    for idx in order.split(batch_size)[:len(order) // batch_size]:
+    for idx in order.split(batch_size)[: len(order) // batch_size]:
         x = images[idx]
         x = torch.where(flip_mask[idx].view(-1, 1, 1, 1), x.flip(-1), x)
         if how == 'crop' and not h.moved_crops:
@@ -236,7 +293,10 @@ def batches(h, flip_mask, order, size, how, batch_size):
             x = x * (1 + h.contrast * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1))
             x = x + h.brightness * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1)
         if h.cutout:
-            y0, x0 = (torch.randint(x.size(-1) - h.cutout + 1, (len(x), 1, 1, 1), device=DEVICE) for _ in range(2))
+            y0, x0 = (
+                torch.randint(x.size(-1) - h.cutout + 1, (len(x), 1, 1, 1), device=DEVICE)
+                for _ in range(2)
+            )
             at = torch.arange(x.size(-1), device=DEVICE)
             inside = [(at >= start) & (at < start + h.cutout) for start in (y0, x0)]
             x = x.masked_fill(inside[0].mT & inside[1], 0)
@@ -262,30 +322,57 @@ def lookahead_update(average, state, decay):
 def run(changes, seed):
     h = SimpleNamespace(**base | changes)
     torch.manual_seed(seed)
-    h.stages = [[*stage, 2000][:4] for stage in h.stages]  # the first runs' stages had no batch size
+    h.stages = [
+        [*stage, 2000][:4] for stage in h.stages
+    ]  # the first runs' stages had no batch size
     flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages}}
-    last = flops[h.stages[-1][1]]  # images are tested at the pixels of the last stage, from their centre
+    last = flops[
+        h.stages[-1][1]
+    ]  # images are tested at the pixels of the last stage, from their centre
     muon = last[1]
     tta = (2 + 16 * h.tta_share) * 10000 * last[0]
+
     def cost(size, batch_size, frac):
-        return batch_size * (3 * flops[size][0] - (2 * flops[size][2] if frac >= h.freeze else 0)) + muon
+        return (
+            batch_size * (3 * flops[size][0] - (2 * flops[size][2] if frac >= h.freeze else 0))
+            + muon
+        )
 
     grid = [(i + 0.5) / 1000 for i in range(1000)]
-    steps = round((h.budget * 1e15 - tta) * 1000 / sum(cost(size, batch_size, frac) for frac in grid
-                                                       for size, _, batch_size in [stage_of(h, frac)]))
+    steps = round(
+        (h.budget * 1e15 - tta)
+        * 1000
+        / sum(
+            cost(size, batch_size, frac)
+            for frac in grid
+            for size, _, batch_size in [stage_of(h, frac)]
+        )
+    )
 
     net = Net(h).to(DEVICE).train()
-    filters = [p for name, p in net.named_parameters() if (p.ndim == 4 or 'gate' in name) and p.requires_grad]
+    filters = [
+        p
+        for name, p in net.named_parameters()
+        if (p.ndim == 4 or 'gate' in name) and p.requires_grad
+    ]
     biases = [p for name, p in net.named_parameters() if 'norm' in name and p.requires_grad]
     decay, peaks = h.weight_decay * 2000, [h.bias_lr, h.bias_lr, h.head_lr]
-    sgd = torch.optim.SGD([dict(params=params, lr=lr, weight_decay=decay / lr) for params, lr
-                           in zip(([net.whiten.bias], biases, [net.linear.weight]), peaks, strict=True)],
-                          momentum=h.sgd_momentum, nesterov=True, fused=True)
+    sgd = torch.optim.SGD(
+        [
+            dict(params=params, lr=lr, weight_decay=decay / lr)
+            for params, lr in zip(
+                ([net.whiten.bias], biases, [net.linear.weight]), peaks, strict=True
+            )
+        ],
+        momentum=h.sgd_momentum,
+        nesterov=True,
+        fused=True,
+    )
     moment = [torch.zeros_like(p) for p in filters]
     state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
     average = [tensor.clone() for tensor in state]
     start = time.perf_counter()
-    init_whitening(net, data['train'][0][:h.whiten_images])
+    init_whitening(net, data['train'][0][: h.whiten_images])
     flip_mask = torch.rand(50000, device=DEVICE) < 0.5
     loss_of, skipped = torch.full((50000,), math.inf, device=DEVICE), torch.zeros_like(flip_mask)
     names = {p: name for name, p in net.named_parameters()}
@@ -300,7 +387,10 @@ def run(changes, seed):
         for x, y, idx in batches(h, flip_mask, order, size, how, batch_size):
             if step >= steps or stage_of(h, step / steps) != [size, how, batch_size]:
                 break
-            factor, whitened = 1 - (1 - h.lr_end) * step / steps, seen / (h.whiten_bias_epochs * 50000)
+            factor, whitened = (
+                1 - (1 - h.lr_end) * step / steps,
+                seen / (h.whiten_bias_epochs * 50000),
+            )
             frozen = step >= h.freeze * steps
             if frozen:
                 net.blocks[0].requires_grad_(False)
@@ -326,17 +416,20 @@ def run(changes, seed):
                     grad = p.grad.add(buffer, alpha=h.muon_momentum)
                     gate = 'gate' in names[p]
                     if step % h.renorm == 0 and not gate:
-                        p.mul_(len(p)**0.5 / p.norm())
+                        p.mul_(len(p) ** 0.5 / p.norm())
                     update = orthogonalize(grad.flatten(1), h.ns_steps)
                     decayed = 1 - step / (h.freeze * steps) if early else factor
-                    p.add_(update.view_as(p).to(p.dtype), alpha=-(h.gate_lr if gate else h.muon_lr) * decayed)
+                    p.add_(
+                        update.view_as(p).to(p.dtype),
+                        alpha=-(h.gate_lr if gate else h.muon_lr) * decayed,
+                    )
             losses.append(loss.detach() / len(y))
             accs.append((logits.detach().argmax(1) == y).float().mean())
             spent += cost(size, batch_size, step / steps)
             seen += len(y)
             step += 1
             if h.lookahead and step % 5 == 0:
-                lookahead_update(average, state, 0.95**5 * (step / steps)**3)
+                lookahead_update(average, state, 0.95**5 * (step / steps) ** 3)
             if h.ema and step >= h.ema[0] * steps:
                 for slow, fast in zip(average, state, strict=True):
                     slow.lerp_(fast, 1 - h.ema[1] if averaging else 1.0)
@@ -347,9 +440,18 @@ def run(changes, seed):
     if DEVICE == 'cuda':
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return dict(changes=changes, seed=seed, steps=steps, epochs=seen / 50000, pflops=(spent + tta) / 1e15,
-                dtype=str(DTYPE)[6:], train_seconds=seconds, train_loss=sum(losses[-10:]).item() / 10,
-                train_acc=sum(accs[-10:]).item() / 10, **evaluate(net, h))
+    return dict(
+        changes=changes,
+        seed=seed,
+        steps=steps,
+        epochs=seen / 50000,
+        pflops=(spent + tta) / 1e15,
+        dtype=str(DTYPE)[6:],
+        train_seconds=seconds,
+        train_loss=sum(losses[-10:]).item() / 10,
+        train_acc=sum(accs[-10:]).item() / 10,
+        **evaluate(net, h),
+    )
 
 
 def main():

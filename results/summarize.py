@@ -1,13 +1,16 @@
 """
-One summary over any number of logs of one recipe, such as those of torchrun's ranks, and the README's cell for them:
+One summary over any number of logs of one recipe, such as those of torchrun's ranks, and the
+README's cell for them:
 
     python results/summarize.py logs/series.rank*.jsonl
 
-Or two such sets compared: the difference of their mean accuracies, its 95% interval, and the p of Welch's t-test:
+Or two such sets compared: the difference of their mean accuracies, its 95% interval, and the p of
+Welch's t-test:
 
     python results/summarize.py logs/mine.jsonl --against results/airbench94.jsonl
 
-It refuses to mix recipes, precisions or data sets, and to count a seed twice. It needs the standard library alone.
+It refuses to mix recipes, precisions or data sets, and to count a seed twice. It needs the standard
+library alone.
 """
 
 import argparse
@@ -16,9 +19,14 @@ import math
 import statistics
 import sys
 
-SAME = ('script', 'hyperparameters', 'dtype', 'data')
-KEYS = dict(header={*SAME, 'device', 'synthetic'}, run={'seed', 'diverged', 'tta_val_acc', 'seconds'})
-PUBLISHED = {  # by the paper: accuracy in percent, PFLOPs a run; and seconds on an A100, for the table of processors
+SAME = ('script', 'dtype', 'data')
+KEYS = dict(
+    header={*SAME, 'hyperparameters', 'device', 'synthetic'},
+    run={'seed', 'diverged', 'tta_val_acc', 'seconds'},
+)
+# by the paper: accuracy in percent, PFLOPs a run; and seconds on an A100, for the table of
+# processors
+PUBLISHED = {
     'airbench94': ('94.01', '0.36', '3.83 s'),
     'airbench94_compiled': ('94.01', '0.36', '3.29 s'),
     'airbench94_muon': ('', '', ''),
@@ -28,17 +36,31 @@ PUBLISHED = {  # by the paper: accuracy in percent, PFLOPs a run; and seconds on
 
 
 def incomplete_beta(a, b, x):
-    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's method)."""
+    """
+    The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's
+    method).
+    """
     if x > (a + 1) / (a + b + 2):
         return 1 - incomplete_beta(b, a, 1 - x)
     if x <= 0:
         return 0.0
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    front = (
+        math.exp(
+            math.lgamma(a + b)
+            - math.lgamma(a)
+            - math.lgamma(b)
+            + a * math.log(x)
+            + b * math.log1p(-x)
+        )
+        / a
+    )
     c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
     fraction = d
     for m in range(1, 1000):
-        for numerator in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-                          -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))):
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
             c, d = 1 + numerator / c, 1 / (1 + numerator * d)
             fraction *= c * d
         if abs(c * d - 1) < 1e-14:
@@ -63,91 +85,143 @@ def t_quantile(df, confidence=0.95):
 
 
 def read_logs(paths):
-    """The last header and the runs of these logs, each with its device. ValueError where they do not go together."""
+    """
+    The last header and the runs of these logs, each with its device. ValueError where they do not
+    go together.
+    """
     header, runs, seeds = None, [], {}
     for path in paths:
         try:
             with open(path) as file:
                 # A line without its end was torn by a run that was cut off, or is being written.
                 records = [json.loads(line) for line in file if line.endswith('\n')]
-            known = records[0]['type'] == 'header' and all(KEYS[record['type']] <= set(record) for record in records)
+            known = records[0]['type'] == 'header' and all(
+                KEYS[record['type']] <= set(record) for record in records
+            )
         except (ValueError, TypeError, LookupError):
             known = False
         if not known:
             raise ValueError(f'{path} is not a log of the scripts')
         for record in records:
             if record['type'] == 'header':
-                for key in SAME:
-                    if header and header[key] != record[key]:
-                        raise ValueError(f'{path} holds runs of another {key} than {paths[0]}: '
-                                         f'{record[key]}, not {header[key]}')
+                # Logs can be older than a hyperparameter, and are compared under those they share.
+                mine, other = (
+                    {key: of[key] for key in SAME} | of['hyperparameters']
+                    for of in (record, header or record)
+                )
+                for key in mine.keys() & other.keys():
+                    if mine[key] != other[key]:
+                        raise ValueError(
+                            f'{path} holds runs of another {key} than {paths[0]}: '
+                            f'{mine[key]}, not {other[key]}'
+                        )
                 header = record
             else:
                 if record['seed'] in seeds:
-                    raise ValueError(f'seed {record["seed"]} stands in {seeds[record["seed"]]} and again in {path}')
+                    raise ValueError(
+                        f'seed {record["seed"]} stands in {seeds[record["seed"]]} '
+                        f'and again in {path}'
+                    )
                 seeds[record['seed']] = path
                 runs.append(dict(record, device=header['device']))
     return header, runs
 
 
 def summarize(runs):
-    """A dict of what the summary says; spread, interval and the like are None where n does not allow them."""
+    """
+    A dict of what the summary says; spread, interval and the like are None where n does not allow
+    them.
+    """
     finished = [run for run in runs if not run['diverged']]
     accuracies = [run['tta_val_acc'] for run in finished]
     n = len(accuracies)
-    summary = dict(n=n, diverged=len(runs) - n, mean=None, std=None, stderr=None, interval=None, seconds=None,
-                   fastest=None, pflops=None)
+    summary = dict(
+        n=n,
+        diverged=len(runs) - n,
+        mean=None,
+        std=None,
+        stderr=None,
+        interval=None,
+        seconds=None,
+        fastest=None,
+        pflops=None,
+    )
     if n:
-        summary |= dict(mean=statistics.fmean(accuracies), seconds=statistics.fmean(run['seconds'] for run in finished),
-                        fastest=min(finished, key=lambda run: run['seconds']), pflops=finished[0].get('pflops'))
+        summary |= dict(
+            mean=statistics.fmean(accuracies),
+            seconds=statistics.fmean(run['seconds'] for run in finished),
+            fastest=min(finished, key=lambda run: run['seconds']),
+            pflops=finished[0].get('pflops'),
+        )
     if n > 1:
         std = statistics.stdev(accuracies)
         half = t_quantile(n - 1) * std / math.sqrt(n)
-        summary |= dict(std=std, stderr=std / math.sqrt(n), interval=(summary['mean'] - half, summary['mean'] + half))
+        summary |= dict(
+            std=std,
+            stderr=std / math.sqrt(n),
+            interval=(summary['mean'] - half, summary['mean'] + half),
+        )
     return summary
 
 
 def welch(a, b):
     """
-    Welch's t-test of two summaries (B. L. Welch 1947, Biometrika 34:28): a dict of the difference of the means, its
-    95% interval, t, the degrees of freedom and the two-sided p. Raises ValueError where they have no spread to go by.
+    Welch's t-test of two summaries (B. L. Welch 1947, Biometrika 34:28): a dict of the difference
+    of the means, its 95% interval, t, the degrees of freedom and the two-sided p. Raises ValueError
+    where they have no spread to go by.
     """
     if a['n'] < 2 or b['n'] < 2:
         raise ValueError('to compare two sets, each must have two runs or more')
-    u, v = a['std']**2 / a['n'], b['std']**2 / b['n']
+    u, v = a['std'] ** 2 / a['n'], b['std'] ** 2 / b['n']
     if u + v == 0:
-        raise ValueError('all runs of a set have the same accuracy: there is no spread to compare by')
+        raise ValueError(
+            'all runs of a set have the same accuracy: there is no spread to compare by'
+        )
     difference, stderr = a['mean'] - b['mean'], math.sqrt(u + v)
-    df = (u + v)**2 / (u**2 / (a['n'] - 1) + v**2 / (b['n'] - 1))
+    df = (u + v) ** 2 / (u**2 / (a['n'] - 1) + v**2 / (b['n'] - 1))
     half = t_quantile(df) * stderr
-    return dict(difference=difference, interval=(difference - half, difference + half), t=difference / stderr, df=df,
-                p=t_two_sided(difference / stderr, df))
+    return dict(
+        difference=difference,
+        interval=(difference - half, difference + half),
+        t=difference / stderr,
+        df=df,
+        p=t_two_sided(difference / stderr, df),
+    )
 
 
 def readme_cell(summary):
-    """The cell of the README's table of results: the mean, its standard error and the number of runs."""
+    """
+    The cell of the README's table of results: the mean, its standard error and the number of runs.
+    """
     spread = '' if summary['stderr'] is None else f' ± {100 * summary["stderr"]:.2f}'
     return f'{100 * summary["mean"]:.2f}{spread} ({summary["n"]})'
 
 
 def readme_time(run):
-    """A run's cell in the README's table of processors: seconds and TFLOP/s, in three figures at least."""
+    """
+    A run's cell in the README's table of processors: seconds and TFLOP/s, in three figures at
+    least.
+    """
     seconds, rate = run['seconds'], 1000 * run['pflops'] / run['seconds']
     return f'{seconds:.{max(0, 2 - int(math.log10(seconds)))}f} s, {rate:.{2 if rate < 10 else 0}f}'
 
 
 def print_summary(paths, header, runs, s):
-    print(f'{header["script"]}: {len(runs)} runs in {len(paths)} logs, {header["dtype"]}'
-          + (', SYNTHETIC data' if header['synthetic'] else ''))
+    print(
+        f'{header["script"]}: {len(runs)} runs in {len(paths)} logs, {header["dtype"]}'
+        + (', SYNTHETIC data' if header['synthetic'] else '')
+    )
     print(f'n                  {s["n"]}')
     if s['n']:
         print(f'mean tta_val_acc   {s["mean"]:.4f}')
     if s['n'] > 1:
         print(f'std                {s["std"]:.4f}')
         print(f'stderr             {s["stderr"]:.4f}')
-        print(f'95% interval       {s["interval"][0]:.4f} to {s["interval"][1]:.4f}  (of the mean, Student\'s t)')
+        low, high = s['interval']
+        print(f"95% interval       {low:.4f} to {high:.4f}  (of the mean, Student's t)")
     if s['n']:
-        print(f'seconds            {s["seconds"]:.2f} in the mean, {s["fastest"]["seconds"]:.2f} the fastest')
+        fastest = s['fastest']['seconds']
+        print(f'seconds            {s["seconds"]:.2f} in the mean, {fastest:.2f} the fastest')
     if s['pflops']:
         print(f'PFLOPs a run       {s["pflops"]:.3g}')
         print(f'fastest run        {readme_time(s["fastest"])} TFLOP/s, {s["fastest"]["device"]}')
@@ -155,7 +229,9 @@ def print_summary(paths, header, runs, s):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('logs', nargs='+', metavar='FILE')
     parser.add_argument('--against', nargs='+', metavar='OTHER', help='the logs to compare with')
     args = parser.parse_args(arguments)
@@ -174,7 +250,10 @@ def main(arguments=None):
     if test:
         print(f'difference         {test["difference"]:+.4f}  (the first less the second)')
         print(f'95% interval       {test["interval"][0]:+.4f} to {test["interval"][1]:+.4f}')
-        print(f'Welch\'s t-test     t {test["t"]:.3f}, {test["df"]:.2f} degrees of freedom, p {test["p"]:.2g}')
+        print(
+            f"Welch's t-test     t {test['t']:.3f}, {test['df']:.2f} degrees of freedom, "
+            f'p {test["p"]:.2g}'
+        )
     elif summaries[0]['pflops'] and not sets[0][1]['synthetic']:
         print(f'README             {readme_cell(summaries[0])}')
     return 0

@@ -3,13 +3,14 @@ What bounds a training step? For a script, in one process:
 
     python tests/bench_step.py airbench94.py [--rounds N] [--device D] [--json FILE]
 
-Every round times a training step, the same in float32, the step's convolutions alone (forward and backward, at the same
-shapes, dtype and memory format: the bound), the loader and the Lookahead per step, the evaluation of 2,000 images with
-test-time augmentation, and that evaluation's convolutions alone. The pieces take turns, so that the machine's drift
-strikes them alike; ratios are taken within a round. Medians and quartiles are printed, milliseconds and ratios.
-With --data, the seconds from a process's start to its first training step are measured too, beside those of
-`import torch` and of reading the data's files. With --against SCRIPT only the step and the evaluation are timed, and
-those of that script in turn with them.
+Every round times a training step, the same in float32, the step's convolutions alone (forward and
+backward, at the same shapes, dtype and memory format: the bound), the loader and the Lookahead per
+step, the evaluation of 2,000 images with test-time augmentation, and that evaluation's convolutions
+alone. The pieces take turns, so that the machine's drift strikes them alike; ratios are taken
+within a round. Medians and quartiles are printed, milliseconds and ratios. With --data, the seconds
+from a process's start to its first training step are measured too, beside those of `import torch`
+and of reading the data's files. With --against SCRIPT only the step and the evaluation are timed,
+and those of that script in turn with them.
 """
 
 import argparse
@@ -26,12 +27,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TARGETS = {'step / convolutions': dict(airbench94=1.15, airbench94_compiled=1.20, airbench94_muon=1.15,
-                                   airbench95=1.12, airbench96=1.12),
-           'loader / step': 0.02, 'lookahead / step': 0.005, 'evaluation / its convolutions': 1.2,
-           'first step / (import torch + files)': 2.0}
-RATIOS = [('step', 'convolutions'), ('float32 step', 'step'), ('loader', 'step'), ('lookahead', 'step'),
-          ('evaluation', 'its convolutions'), ('step', 'step of the other'), ('evaluation', 'evaluation of the other')]
+TARGETS = {
+    'step / convolutions': dict(
+        airbench94=1.15,
+        airbench94_compiled=1.20,
+        airbench94_muon=1.15,
+        airbench95=1.12,
+        airbench96=1.12,
+    ),
+    'loader / step': 0.02,
+    'lookahead / step': 0.005,
+    'evaluation / its convolutions': 1.2,
+    'first step / (import torch + files)': 2.0,
+}
+RATIOS = [
+    ('step', 'convolutions'),
+    ('float32 step', 'step'),
+    ('loader', 'step'),
+    ('lookahead', 'step'),
+    ('evaluation', 'its convolutions'),
+    ('step', 'step of the other'),
+    ('evaluation', 'evaluation of the other'),
+]
 LONG = ('evaluation', 'its convolutions', 'evaluation of the other')
 
 
@@ -49,7 +66,11 @@ def conv_inputs(net, images):
     found, hooks = [], []
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_pre_hook(lambda module, inputs: found.append((module, inputs[0]))))
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda module, inputs: found.append((module, inputs[0]))
+                )
+            )
     with torch.no_grad():
         type(net).forward(net, images)  # not the compiled one's, which hides its modules
     for hook in hooks:
@@ -58,10 +79,14 @@ def conv_inputs(net, images):
 
 
 def convolutions(net, images, dtype, backward):
-    """A function that computes the convolutions of a training step, or those of a forward pass alone."""
+    """
+    A function that computes the convolutions of a training step, or those of a forward pass alone.
+    """
     calls = []
     for i, (conv, x) in enumerate(conv_inputs(net, images)):
-        x, weight = (t.detach().to(dtype, memory_format=torch.channels_last) for t in (x, conv.weight))
+        x, weight = (
+            t.detach().to(dtype, memory_format=torch.channels_last) for t in (x, conv.weight)
+        )
         x.requires_grad_(backward and i > 0)
         weight.requires_grad_(backward and conv.weight.requires_grad)
         needed = [t for t in (x, weight) if t.requires_grad]
@@ -74,6 +99,7 @@ def convolutions(net, images, dtype, backward):
                 y = F.conv2d(x, weight, padding=padding)
                 if needed:
                     torch.autograd.grad(y, needed, grad)
+
     return run
 
 
@@ -83,18 +109,25 @@ def pieces(module, device, dtype):
 
     def new_net(dtype):
         if hasattr(module, 'compiled_net'):
-            net = module.compiled_net(hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor'], 10, device, dtype)
+            net = module.compiled_net(
+                hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor'], 10, device, dtype
+            )
         else:
             net = module.Net(device=device, dtype=dtype)
         optimizer = module.make_optimizer(net, hyp)
-        for group in optimizer.param_groups:
-            group['lr'] = 0.0  # the same work, and the weights stay what they are
+        for one in optimizer if isinstance(optimizer, list) else [optimizer]:
+            for group in one.param_groups:
+                group['lr'] = 0.0  # the same work, and the weights stay what they are
         net.whiten.bias.requires_grad_(False)  # as in all epochs but the first three
         module.init_whitening(net, loader.normalize(loader.images[:5000]))
         return net, optimizer
 
-    loader = module.CifarLoader('synthetic', True, hyp['batch_size'], hyp['aug'], altflip=hyp['altflip'], device=device)
-    test = SimpleNamespace(images=loader.images[:2000], labels=loader.labels[:2000], normalize=loader.normalize)
+    loader = module.CifarLoader(
+        'synthetic', True, hyp['batch_size'], hyp['aug'], altflip=hyp['altflip'], device=device
+    )
+    test = SimpleNamespace(
+        images=loader.images[:2000], labels=loader.labels[:2000], normalize=loader.normalize
+    )
     module.warmup(loader, test, dtype=dtype)
     loader.images = loader.images.to(module.Net(device=device, dtype=dtype).whiten.weight.dtype)
     test.images = loader.images[:2000]
@@ -120,8 +153,9 @@ def pieces(module, device, dtype):
     functions = {
         'step': train,
         'convolutions': convolutions(net, inputs, dtype, backward=True),
-        'float32 step': lambda: module.train_step(net32.train(), optimizer32, inputs.float(), labels,
-                                                  hyp['label_smoothing']),
+        'float32 step': lambda: module.train_step(
+            net32.train(), optimizer32, inputs.float(), labels, hyp['label_smoothing']
+        ),
         'loader': next_batch,
         'evaluation': lambda: module.infer(net, test, hyp['tta_level']),
         'its convolutions': lambda: [views() for _ in range(count)],
@@ -138,12 +172,21 @@ def timed(function, device, module):
 
 
 def seconds_to_the_first_step(script, data):
-    """Of three processes: up to the script's first step, `import torch`, and that with reading the files."""
-    stop = ('import os, sys\nsys.argv = [{0!r}, "--runs", "1", "--log", os.devnull, "--data", {1!r}]\n'
-            'sys.path.insert(0, {2!r})\nimport {3} as script\n'
-            'script.train_step = lambda *args: os._exit(0)\nscript.main()')
-    codes = dict(first=stop.format(str(script), data, str(script.parent), script.stem), torch='import torch',
-                 files=f'import torch\nfor name in ("train", "test"): torch.load({data!r} + f"/{{name}}.pt")')
+    """
+    Of three processes: up to the script's first step, `import torch`, and that with reading the
+    files.
+    """
+    stop = (
+        'import os, sys\nsys.argv = [{0!r}, "--runs", "1", "--log", os.devnull, "--data", {1!r}]\n'
+        'sys.path.insert(0, {2!r})\nimport {3} as script\n'
+        'script.train_step = lambda *args: os._exit(0)\nscript.main()'
+    )
+    codes = dict(
+        first=stop.format(str(script), data, str(script.parent), script.stem),
+        torch='import torch',
+        files='import torch\nfor name in ("train", "test"): '
+        f'torch.load({data!r} + f"/{{name}}.pt")',
+    )
     seconds = {}
     for name, code in codes.items():
         start = time.perf_counter()
@@ -153,12 +196,16 @@ def seconds_to_the_first_step(script, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('script', type=Path)
     parser.add_argument('--rounds', type=int, default=15, help='(default: %(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--against', type=Path, metavar='SCRIPT')
-    parser.add_argument('--data', metavar='DIR', help='a folder with train.pt and test.pt: time the start too')
+    parser.add_argument(
+        '--data', metavar='DIR', help='a folder with train.pt and test.pt: time the start too'
+    )
     parser.add_argument('--json', type=Path, metavar='FILE')
     args = parser.parse_args()
     if args.rounds < 3:
@@ -167,20 +214,32 @@ def main():
         if not file.exists():
             parser.error(f'there is no {file}')
     module, device = load(args.script.resolve()), torch.device(args.device)
-    dtype = module.describe(device)[1]
+    dtype = module.default_dtype(device)
 
     functions = pieces(module, device, dtype)
     if args.against:
         other = load(args.against.resolve())
-        others = {f'{name} of the other': function for name, function in pieces(other, device, dtype).items()}
-        functions = {name: function for name, function in (functions | others).items()
-                     if name.split(' of ')[0] in ('step', 'evaluation')}
-    pflops = module.count_pflops(module.hyp | dict(crops=((32, 1.0),)), 1, 0)  # the step timed has whole images
+        others = {
+            f'{name} of the other': function
+            for name, function in pieces(other, device, dtype).items()
+        }
+        functions = {
+            name: function
+            for name, function in (functions | others).items()
+            if name.split(' of ')[0] in ('step', 'evaluation')
+        }
+    pflops = module.count_pflops(
+        module.hyp | dict(crops=((32, 1.0),)), 1, 0
+    )  # the step timed has whole images
     rounds = []
     for i in range(args.rounds + 2):  # the first two warm up
-        # The evaluation takes several times as long as all the rest, and takes part in every third round.
-        times = {name: timed(function, device, module) for name, function in functions.items()
-                 if i % 3 == 0 or name not in LONG}
+        # The evaluation takes several times as long as all the rest, and takes part in every third
+        # round.
+        times = {
+            name: timed(function, device, module)
+            for name, function in functions.items()
+            if i % 3 == 0 or name not in LONG
+        }
         if i >= 2:
             rounds.append(times)
         if sys.stderr.isatty():
@@ -193,12 +252,20 @@ def main():
     if args.data:
         for _ in range(max(1, args.rounds // 5)):
             seconds = seconds_to_the_first_step(args.script.resolve(), args.data)
-            rounds.append({'first step, s': seconds['first'], 'import torch, s': seconds['torch'],
-                           'import torch + files, s': seconds['files'],
-                           'first step / (import torch + files)': seconds['first'] / seconds['files']})
+            rounds.append(
+                {
+                    'first step, s': seconds['first'],
+                    'import torch, s': seconds['torch'],
+                    'import torch + files, s': seconds['files'],
+                    'first step / (import torch + files)': seconds['first'] / seconds['files'],
+                }
+            )
 
-    print(f'\n{args.script.stem}: {dtype} on {module.describe(device)[0]}, {torch.get_num_threads()} threads, '
-          f'PyTorch {torch.__version__}, {args.rounds} rounds; milliseconds where not said otherwise')
+    print(
+        f'\n{args.script.stem}: {dtype} on {module.device_name(device)}, '
+        f'{torch.get_num_threads()} threads, '
+        f'PyTorch {torch.__version__}, {args.rounds} rounds; milliseconds where not said otherwise'
+    )
     print(f'{"":36}{"median":>10}{"quartiles":>20}{"at most":>10}')
     summary = {}
     for name in dict.fromkeys(name for times in rounds for name in times):
@@ -208,11 +275,24 @@ def main():
         target = target.get(args.script.stem, '') if isinstance(target, dict) else target
         summary[name] = dict(median=median, quartiles=(low, high))
         width = 3 if '/' in name or name.endswith(', s') else 1
-        print(f'{name:36}{median:10.{width}f}{f"{low:.{width}f} to {high:.{width}f}":>20}{target:>10}')
+        print(
+            f'{name:36}{median:10.{width}f}{f"{low:.{width}f} to {high:.{width}f}":>20}{target:>10}'
+        )
     if args.json:
-        args.json.write_text(json.dumps(dict(script=args.script.stem, dtype=str(dtype), torch=torch.__version__,
-                                             device=module.describe(device)[0], threads=torch.get_num_threads(),
-                                             summary=summary, rounds=rounds)) + '\n')
+        args.json.write_text(
+            json.dumps(
+                dict(
+                    script=args.script.stem,
+                    dtype=str(dtype),
+                    torch=torch.__version__,
+                    device=module.device_name(device),
+                    threads=torch.get_num_threads(),
+                    summary=summary,
+                    rounds=rounds,
+                )
+            )
+            + '\n'
+        )
 
 
 if __name__ == '__main__':

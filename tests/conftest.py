@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_split(file, n, seed):
-    """n images in the layout of train.pt: each class is a brightness, under noise, which a few steps can learn."""
+    """
+    n images in the layout of train.pt: each class is a brightness, under noise, which a few steps
+    can learn.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
     noise = torch.randint(0, 40, (n, 32, 32, 3), generator=generator)
@@ -23,7 +26,9 @@ def write_split(file, n, seed):
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
-    """A folder with train.pt, one batch of 1,024 images and a little more, and test.pt, 96 images."""
+    """
+    A folder with train.pt, one batch of 1,024 images and a little more, and test.pt, 96 images.
+    """
     folder = tmp_path_factory.mktemp('tiny')
     write_split(folder / 'train.pt', 1100, seed=0)
     write_split(folder / 'test.pt', 96, seed=1)
@@ -37,3 +42,8 @@ def real():
         if folder and Path(folder, 'train.pt').exists() and Path(folder, 'test.pt').exists():
             return Path(folder)
     pytest.skip('the real CIFAR-10 is neither in $AIRBENCH_DATA nor in ../shared/cifar10')
+
+
+def keep(rows):
+    """A callback of train that adds the table's rows to this list."""
+    return lambda net, row: rows.append(row)

@@ -1,4 +1,6 @@
-"""tests/bench_step.py on a copy of airbench94.py made small: that what it prints is what it timed."""
+"""
+tests/bench_step.py on a copy of airbench94.py made small: that what it prints is what it timed.
+"""
 
 import json
 import statistics
@@ -11,15 +13,22 @@ from conftest import ROOT
 
 
 def bench(*arguments):
-    return subprocess.run([sys.executable, ROOT / 'tests' / 'bench_step.py', *map(str, arguments)],
-                          capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, ROOT / 'tests' / 'bench_step.py', *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     text = (ROOT / 'airbench94.py').read_text()
-    for full, less in (('batch_size=1024', 'batch_size=100'), ('widths=(64, 256, 256)', 'widths=(8, 8, 8)'),
-                       ('5000 if train else 1000', '500 if train else 100')):
+    for full, less in (
+        ('batch_size=1024', 'batch_size=100'),
+        ('widths=(64, 256, 256)', 'widths=(8, 8, 8)'),
+        ('5000 if train else 1000', '500 if train else 100'),
+    ):
         assert full in text
         text = text.replace(full, less)
     path = tmp_path_factory.mktemp('bench') / 'mine.py'
@@ -35,13 +44,20 @@ def test_what_bounds_a_step(small, tmp_path, tiny):
     assert len(steps) == 3 and log['script'] == 'mine'
     for times in steps:
         assert times['step / convolutions'] == times['step'] / times['convolutions']
-        assert all(times[name] > 0 for name in ('step', 'convolutions', 'float32 step', 'loader', 'lookahead'))
+        assert all(
+            times[name] > 0
+            for name in ('step', 'convolutions', 'float32 step', 'loader', 'lookahead')
+        )
     median = statistics.median(times['step / convolutions'] for times in steps)
     assert log['summary']['step / convolutions']['median'] == median
-    printed, = [line for line in done.stdout.splitlines() if line.startswith('step / convolutions ')]
+    (printed,) = [
+        line for line in done.stdout.splitlines() if line.startswith('step / convolutions ')
+    ]
     assert f' {median:.3f} ' in printed
     assert log['summary']['evaluation / its convolutions']['median'] > 0.5
-    assert all(log['summary'][f'{name}, s']['median'] > 0.1 for name in ('first step', 'import torch'))
+    assert all(
+        log['summary'][f'{name}, s']['median'] > 0.1 for name in ('first step', 'import torch')
+    )
 
 
 def test_against_another(small):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import keep
 from torch._dynamo.utils import counters
 
 import airbench94
@@ -20,12 +21,16 @@ pytestmark = pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ com
 @pytest.fixture(scope='module', autouse=True)
 def warm(tiny):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(platform, 'libc_ver', lambda: ('', ''))  # lest it change how the tests' process allocates
+        patch.setattr(
+            platform, 'libc_ver', lambda: ('', '')
+        )  # lest it change how the tests' process allocates
         warmup(loader(tiny), held_out(tiny), **SMALL)
 
 
 def loader(tiny):
-    return airbench94_compiled.CifarLoader(tiny, True, 100, dict(flip=True, translate=2), device='cpu')
+    return airbench94_compiled.CifarLoader(
+        tiny, True, 100, dict(flip=True, translate=2), device='cpu'
+    )
 
 
 def held_out(tiny):
@@ -35,32 +40,52 @@ def held_out(tiny):
 def test_the_warm_up_is_short(tiny, monkeypatch):
     calls, test_loader = [], held_out(tiny)
     test_loader.images, test_loader.labels = torch.empty(10_500, 3, 32, 32), torch.empty(10_500)
-    monkeypatch.setattr(airbench94_compiled, 'train', lambda *args, **options: calls.append((*args, options)))
+    monkeypatch.setattr(
+        airbench94_compiled, 'train', lambda *args, **options: calls.append((*args, options))
+    )
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
     warmup(loader(tiny), test_loader)
-    (trained, options), = calls
-    evaluated = options['test_loader'].images
+    ((trained, tested, options),) = calls
+    evaluated = tested.images
     assert len(trained) == 3 and [len(images) for images in evaluated.split(2000)] == [2000, 500]
     assert len(test_loader.images) == 10_500
 
 
 def test_nothing_is_compiled_after_the_warm_up(tiny):
-    """The bias is trained, then frozen, and the test set evaluated with and without augmentation."""
+    """
+    The bias is trained, then frozen, and the test set evaluated with and without augmentation.
+    """
     before, history = counters['stats']['unique_graphs'], []
     assert before > 0
     for seed in range(2):
-        train(loader(tiny), epochs=2, whiten_bias_epochs=1, seed=seed, verbose=False, history=history, **SMALL)
+        train(
+            loader(tiny),
+            epochs=2,
+            whiten_bias_epochs=1,
+            seed=seed,
+            verbose=False,
+            callback=keep(history),
+            **SMALL,
+        )
     assert len(history) == 6 and counters['stats']['unique_graphs'] == before
 
 
 def test_nothing_either_where_the_training_is_compiled_too(tiny, monkeypatch):
-    """What CUDA does, as far as a CPU can: all calls go through torch.compile, though on to no compiler."""
-    real_compile, real_net, small = torch.compile, airbench94_compiled.Net, dict(SMALL, widths=(4, 4, 4))
+    """
+    What CUDA does, as far as a CPU can: all calls go through torch.compile, though on to no
+    compiler.
+    """
+    real_compile, real_net, small = (
+        torch.compile,
+        airbench94_compiled.Net,
+        dict(SMALL, widths=(4, 4, 4)),
+    )
 
     def compiled(*args, **options):
         net = real_net(*args, **options)
         net.forward = real_compile(net.forward, backend='eager', dynamic=False)
         return net
+
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'compile', lambda function, **options: function)
         patch.setattr(airbench94_compiled, 'Net', compiled)
@@ -68,8 +93,10 @@ def test_nothing_either_where_the_training_is_compiled_too(tiny, monkeypatch):
         start = counters['stats']['unique_graphs']
         warmup(loader(tiny), held_out(tiny), **small)
     before = counters['stats']['unique_graphs']
-    assert before >= start + 2  # training and evaluation; PyTorch 2.14 has one more, for the frozen bias
-    train(loader(tiny), epochs=2, whiten_bias_epochs=1, verbose=False, history=[], **small)
+    assert (
+        before >= start + 2
+    )  # training and evaluation; PyTorch 2.14 has one more, for the frozen bias
+    train(loader(tiny), epochs=2, whiten_bias_epochs=1, verbose=False, callback=keep([]), **small)
     assert counters['stats']['unique_graphs'] == before
 
 
@@ -83,9 +110,12 @@ def test_same_losses_as_uncompiled(tiny):
             loss, logits = real_step(*args)
             losses[module].append(loss)
             return loss, logits
+
         module.train_step = step
         try:
-            module.train(loader(tiny), epochs=20 / 11, whiten_bias_epochs=1, seed=4, verbose=False, **SMALL)
+            module.train(
+                loader(tiny), epochs=20 / 11, whiten_bias_epochs=1, seed=4, verbose=False, **SMALL
+            )
         finally:
             module.train_step = real_step
     a, b = (torch.stack(losses[module]) for module in losses)
@@ -94,7 +124,7 @@ def test_same_losses_as_uncompiled(tiny):
 
 
 def test_the_compiled_network_computes_what_the_returned_one_does(tiny):
-    net = train(loader(tiny), epochs=1, seed=1, verbose=False, history=[], **SMALL)
+    net = train(loader(tiny), epochs=1, seed=1, verbose=False, callback=keep([]), **SMALL)
     twin = compiled_net(SMALL['widths'], 0.4, 1 / 9, 10, torch.device('cpu'), torch.float32).eval()
     images = torch.randn(96, 3, 32, 32)
     with torch.no_grad():
@@ -107,7 +137,9 @@ def test_nothing_learned_crosses_over(tiny):
     other = train(loader(tiny), epochs=4, seed=2, verbose=False, **SMALL)
     again = train(loader(tiny), epochs=1, seed=1, verbose=False, **SMALL)
     for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, weights[name]) and torch.equal(tensor, again.state_dict()[name]), name
+        assert torch.equal(tensor, weights[name]) and torch.equal(
+            tensor, again.state_dict()[name]
+        ), name
     assert not torch.equal(first.linear.weight, other.linear.weight)
     assert not first.training and type(first.forward).__name__ == 'method'  # not the compiled one
 
@@ -121,6 +153,7 @@ def test_one_compiled_network_however_the_device_is_named(tiny, monkeypatch):
         devices.append(device)
         nets.add(net)
         return net
+
     monkeypatch.setattr(airbench94_compiled, 'compiled_net', recorded)
     assert torch.device('cpu:0') != torch.device('cpu')
     for device in (None, 'cpu', 'cpu:0', torch.device('cpu'), torch.device('cpu:0')):
@@ -133,7 +166,11 @@ def test_no_compiler(tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
     monkeypatch.setattr(airbench94_compiled.signal, 'signal', lambda number, handler: None)
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    monkeypatch.setattr(sys, 'argv', ['airbench94_compiled', '--data', str(tiny), '--log', str(tmp_path / 'log.jsonl')])
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        ['airbench94_compiled', '--data', str(tiny), '--log', str(tmp_path / 'log.jsonl')],
+    )
     assert airbench94_compiled.main() == 2
     out, err = capsys.readouterr()
     assert out == '' and len(err.splitlines()) == 1 and 'g++' in err and 'airbench94.py' in err

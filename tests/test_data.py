@@ -6,6 +6,7 @@ import hashlib
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import keep
 
 import airbench94
 from airbench94 import CIFAR_MEAN, CIFAR_STD, CifarLoader, batch_crop, infer, load_split, train
@@ -27,8 +28,9 @@ def test_loader_holds_what_the_file_holds(tiny):
     assert loader.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(loader.images[5, 2], data['images'][5, :, :, 2] / 255)
     assert torch.equal(loader.labels, data['labels']) and loader.classes == data['classes']
-    assert loader.sha256 == {key: hashlib.sha256(data[key].numpy().tobytes()).hexdigest()
-                             for key in ('images', 'labels')}
+    assert loader.sha256 == {
+        key: hashlib.sha256(data[key].numpy().tobytes()).hexdigest() for key in ('images', 'labels')
+    }
 
 
 def test_normalize_is_by_channel(tiny):
@@ -47,14 +49,18 @@ def test_training_loader_shuffles_and_drops_the_rest(tiny):
     assert not torch.equal(first, second)
     loader.drop_last = False
     assert len(loader) == 3 and [len(labels) for _, labels in loader] == [500, 500, 100]
-    assert torch.equal(torch.cat([labels for _, labels in loader]).sort()[0], loader.labels.sort()[0])
+    assert torch.equal(
+        torch.cat([labels for _, labels in loader]).sort()[0], loader.labels.sort()[0]
+    )
 
 
 def test_inputs_stay_with_their_labels(tiny):
     loader = CifarLoader(tiny, train=True, batch_size=1100)
     loader.images = loader.images * 0 + loader.labels.view(-1, 1, 1, 1)
     inputs, labels = next(iter(loader))
-    torch.testing.assert_close(inputs, loader.normalize(torch.ones_like(inputs) * labels.view(-1, 1, 1, 1)))
+    torch.testing.assert_close(
+        inputs, loader.normalize(torch.ones_like(inputs) * labels.view(-1, 1, 1, 1))
+    )
 
 
 def test_alternating_flip(tiny):
@@ -80,7 +86,9 @@ def test_independent_flip(tiny):
 def test_crops_come_from_the_padded_image_at_all_25_offsets(tiny):
     loader = plain_loader(tiny, aug=dict(translate=2))
     padded = F.pad(loader.normalize(loader.images), (2,) * 4, mode='reflect')
-    windows = torch.stack([padded[:, :, y:y + 32, x:x + 32] for y in range(5) for x in range(5)])
+    windows = torch.stack(
+        [padded[:, :, y : y + 32, x : x + 32] for y in range(5) for x in range(5)]
+    )
     seen = []
     for _ in range(2):
         matches = (windows == epoch_of(loader)).flatten(2).all(2)
@@ -107,7 +115,9 @@ def test_edits_are_honoured_after_epochs_have_run(tiny):
     assert len(loader) == int(mask.sum()) // 100
     assert all((labels < 6).all() for _, labels in loader)
     loader.images = torch.full_like(loader.images, 0.25)
-    torch.testing.assert_close(next(iter(loader))[0], loader.normalize(torch.full((100, 3, 32, 32), 0.25)))
+    torch.testing.assert_close(
+        next(iter(loader))[0], loader.normalize(torch.full((100, 3, 32, 32), 0.25))
+    )
 
 
 def test_augmentation_can_be_turned_on_later(tiny):
@@ -119,12 +129,15 @@ def test_augmentation_can_be_turned_on_later(tiny):
     assert 0.4 < upright.float().mean() < 0.6 and torch.equal(epoch_of(loader), flipped.flip(-1))
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(aug=dict(flip=True, rotate=3)), 'rotate.*airbench.CifarLoader'),
-    (dict(aug=dict(cutout=12)), 'cutout.*airbench.CifarLoader'),
-    (dict(batch_size=1101), 'batch of 1101 from 1100 images'),
-    (dict(batch_size=0), 'batch of 0'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(aug=dict(flip=True, rotate=3)), 'aug can have flip and translate, .* not .*rotate'),
+        (dict(aug=dict(cutout=12)), 'aug can have flip and translate, .* not .*cutout'),
+        (dict(batch_size=1101), 'batch of 1101 from 1100 images'),
+        (dict(batch_size=0), 'batch of 0'),
+    ],
+)
 def test_what_makes_no_sense_is_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         CifarLoader(tiny, train=True, **options)
@@ -133,7 +146,7 @@ def test_what_makes_no_sense_is_refused(tiny, options, message):
 def test_lengths_that_disagree_are_refused_when_iteration_starts(tiny):
     loader = CifarLoader(tiny, train=True, batch_size=100)
     loader.labels = loader.labels[:-1]
-    with pytest.raises(ValueError, match='1100 images, 1099 labels'):
+    with pytest.raises(ValueError, match=r'each of the 1100 images, not \(1099,\)'):
         next(iter(loader))
 
 
@@ -141,7 +154,7 @@ def test_images_that_are_not_floating_point_are_refused(tiny):
     loader = CifarLoader(tiny, train=True, batch_size=100)
     loader.images = loader.images.mul(255).byte()
     for use in (lambda: next(iter(loader)), lambda: train(loader, **SMALL)):
-        with pytest.raises(ValueError, match=r'floating point in \[0, 1\].*not torch.uint8'):
+        with pytest.raises(ValueError, match=r'float .* from 0 to 1, as by / 255, not torch.uint8'):
             use()
 
 
@@ -151,19 +164,22 @@ def test_labels_without_a_class_are_refused_before_training(tiny, monkeypatch):
         loader = CifarLoader(tiny, train=True, batch_size=100)
         loader.labels = loader.labels.clone()
         loader.labels[7] = label
-        with pytest.raises(ValueError, match='labels must be 0 to 9'):
+        with pytest.raises(ValueError, match='labels must be from 0 to 9'):
             train(loader, **SMALL)
 
 
 def test_a_hundred_classes(tmp_path):
-    data = dict(images=torch.randint(256, (200, 32, 32, 3), dtype=torch.uint8), labels=torch.arange(200) % 100,
-                classes=[f'class {i}' for i in range(100)])
+    data = dict(
+        images=torch.randint(256, (200, 32, 32, 3), dtype=torch.uint8),
+        labels=torch.arange(200) % 100,
+        classes=[f'class {i}' for i in range(100)],
+    )
     for name in ('train.pt', 'test.pt'):
         torch.save(data, tmp_path / name)
     assert load_split(tmp_path, train=True)['classes'] == data['classes']
     loader = CifarLoader(tmp_path, train=True, batch_size=100, device='cpu')
     history = []
-    net = train(loader, epochs=1, history=history, **SMALL)
+    net = train(loader, epochs=1, callback=keep(history), **SMALL)
     assert infer(net, loader).shape == (200, 100) and 0 <= history[-1]['tta_val_acc'] <= 1
 
 
@@ -175,6 +191,7 @@ def iterated(monkeypatch):
     def remember(loader):
         seen.append(copy.copy(loader))
         return real_iter(loader)
+
     monkeypatch.setattr(CifarLoader, '__iter__', remember)
     return seen
 
@@ -182,23 +199,45 @@ def iterated(monkeypatch):
 def test_overrides_are_applied_to_trains_copy_of_the_loader(tiny, iterated):
     loader = plain_loader(tiny, aug=dict(flip=True), altflip=True)
     before, history = copy.copy(vars(loader)), []
-    train(loader, epochs=1, test_loader=CifarLoader(tiny, train=False), batch_size=250, aug=dict(translate=1),
-          altflip=False, history=history, **SMALL)
-    assert (iterated[0].batch_size, iterated[0].aug, iterated[0].altflip) == (250, dict(translate=1), False)
+    train(
+        loader,
+        epochs=1,
+        test_loader=CifarLoader(tiny, train=False),
+        batch_size=250,
+        aug=dict(translate=1),
+        altflip=False,
+        callback=keep(history),
+        **SMALL,
+    )
+    assert (iterated[0].batch_size, iterated[0].aug, iterated[0].altflip) == (
+        250,
+        dict(translate=1),
+        False,
+    )
     assert history[-1]['steps'] == 4
-    assert vars(loader).keys() == before.keys() and all(vars(loader)[key] is before[key] for key in before)
+    assert vars(loader).keys() == before.keys() and all(
+        vars(loader)[key] is before[key] for key in before
+    )
     train(loader, epochs=0.1, **SMALL)
-    assert (iterated[1].batch_size, iterated[1].aug, iterated[1].altflip) == (100, dict(flip=True), True)
+    assert (iterated[1].batch_size, iterated[1].aug, iterated[1].altflip) == (
+        100,
+        dict(flip=True),
+        True,
+    )
 
 
 def test_changes_of_hyp_change_train(tiny, iterated, monkeypatch):
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
-    for key, value in dict(epochs=2, batch_size=500, aug=dict(flip=True), widths=(8, 8, 16), lr=1.0).items():
+    for key, value in dict(
+        epochs=2, batch_size=500, aug=dict(flip=True), widths=(8, 8, 16), lr=1.0
+    ).items():
         monkeypatch.setitem(airbench94.hyp, key, value)
     rates, real_optimizer = [], airbench94.make_optimizer
-    monkeypatch.setattr(airbench94, 'make_optimizer', lambda net, h: rates.append(h['lr']) or real_optimizer(net, h))
+    monkeypatch.setattr(
+        airbench94, 'make_optimizer', lambda net, h: rates.append(h['lr']) or real_optimizer(net, h)
+    )
     history = []
-    net = train(dtype=torch.float32, device='cpu', verbose=False, history=history)
+    net = train(dtype=torch.float32, device='cpu', verbose=False, callback=keep(history))
     assert history[-1]['steps'] == 4 and net.linear.in_features == 16 and rates == [1.0]
     assert (iterated[0].batch_size, iterated[0].aug) == (500, dict(flip=True))
     train(lr=2.0, epochs=0.5, dtype=torch.float32, device='cpu', verbose=False)

@@ -1,4 +1,7 @@
-"""airbench94_muon.py: its optimiser, crops, test-time augmentation and count of compute, against their formulas."""
+"""
+airbench94_muon.py: its optimiser, crops, test-time augmentation and count of compute, against their
+formulas.
+"""
 
 import math
 from collections import Counter
@@ -14,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import airbench94_muon
 from airbench94_muon import (
     CifarLoader,
+    Muon,
     Net,
     count_pflops,
     hyp,
@@ -51,22 +55,54 @@ def test_orthogonalize_maps_singular_values_by_three_quintics():
 def test_orthogonalize_is_given_bfloat16_only_where_training_has_half_precision(monkeypatch):
     """A CPU without instructions for bfloat16 may train in float32, and is slow at bfloat16."""
     seen = []
-    monkeypatch.setattr(airbench94_muon, 'orthogonalize', lambda x: (seen.append(x.dtype), orthogonalize(x))[1])
-    for dtype, expected in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
-                            (torch.float16, torch.bfloat16)):
+    monkeypatch.setattr(
+        airbench94_muon, 'orthogonalize', lambda x: (seen.append(x.dtype), orthogonalize(x))[1]
+    )
+    for dtype, expected in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ):
         net = Net(hyp | SMALL, device='meta', dtype=dtype)
-        optimizer = make_optimizer(net, hyp | SMALL)
+        _, muon = make_optimizer(net, hyp | SMALL)
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
         seen.clear()
-        airbench94_muon.muon(optimizer)
+        muon.step()
         assert seen == [expected] * 6
+
+
+def test_muon_is_for_any_network():
+    """Wide and tall matrices, and one that has no gradient; the norms stay free on request."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 20, bias=False), torch.nn.Linear(20, 4, bias=False)
+    )
+    unused = torch.nn.Parameter(torch.ones(3, 3))
+    muon = Muon(
+        [*net.parameters(), unused], lr=0.1, momentum=0.5, normalize=False, dtype=torch.float32
+    )
+    x = torch.randn(50, 6)
+    velocity = [torch.zeros_like(p) for p in net.parameters()]
+    for _ in range(3):
+        before = [p.detach().clone() for p in net.parameters()]
+        net.zero_grad()
+        net(x).square().sum().backward()
+        muon.step()
+        for p, old, v in zip(net.parameters(), before, velocity, strict=True):
+            v.mul_(0.5).add_(p.grad)
+            update = newton_schulz((p.grad + 0.5 * v).double()).float()
+            torch.testing.assert_close(p.detach(), old - 0.1 * update, rtol=1e-3, atol=1e-4)
+    assert torch.equal(unused, torch.ones(3, 3)) and unused not in muon.state
 
 
 def plain_logits(weights, inputs, h):
     """The network in so many words."""
+
     def normed(x, name):
-        x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-12).sqrt()
+        x = (x - x.mean((0, 2, 3), keepdim=True)) / (
+            x.var((0, 2, 3), keepdim=True, correction=0) + 1e-12
+        ).sqrt()
         return F.gelu(x + weights[f'{name}.bias'].view(1, -1, 1, 1))
 
     x = F.gelu(F.conv2d(inputs, weights['whiten.weight'], weights['whiten.bias']))
@@ -79,28 +115,35 @@ def plain_logits(weights, inputs, h):
 
 
 def test_six_steps_are_those_of_the_plain_formulation(tiny, monkeypatch):
-    """Losses and weights in float64, Muon filter by filter. A step before the last freezes the whitening bias."""
+    """
+    Losses and weights in float64, Muon filter by filter. A step before the last freezes the
+    whitening bias.
+    """
     monkeypatch.setattr(torch.Tensor, 'float', torch.Tensor.double)
     torch.manual_seed(0)
     h, scale = hyp | SMALL | dict(batch_size=10), 1024 * (1 + 1 / 0.15)
     loader = CifarLoader(tiny, True, 10, dict(flip=True))
     net = Net(h, dtype=torch.float64).train()
     init_whitening(net, loader.normalize(loader.images))
-    optimizer = make_optimizer(net, h)
+    optimizers = make_optimizer(net, h)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group['lr'] for group in groups]
     weights = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
     velocity = {name: torch.zeros_like(weights[name]) for name in trained}
     for (inputs, labels), step in zip(loader, range(6), strict=False):
         inputs = inputs[..., 4:28, 4:28] if step < 3 else inputs
-        for group in optimizer.param_groups:
-            group['lr'] = group['peak_lr'] * (1 - step / 6)
+        for group, peak in zip(groups, peaks, strict=True):
+            group['lr'] = peak * (1 - step / 6)
         if step == 4:
             net.whiten.bias.requires_grad_(False)
             trained.remove('whiten.bias')
-        loss, _ = train_step(net, optimizer, inputs, labels, h['label_smoothing'])
+        loss, _ = train_step(net, optimizers, inputs, labels, h['label_smoothing'])
         for name in trained:
             weights[name].requires_grad_()
-        plain = F.cross_entropy(plain_logits(weights, inputs, h), labels, label_smoothing=0.2, reduction='sum')
+        plain = F.cross_entropy(
+            plain_logits(weights, inputs, h), labels, label_smoothing=0.2, reduction='sum'
+        )
         grads = torch.autograd.grad(plain, [weights[name] for name in trained])
         assert loss.item() == pytest.approx(plain.item(), rel=1e-9)
         for name, grad in zip(trained, grads, strict=True):
@@ -108,7 +151,10 @@ def test_six_steps_are_those_of_the_plain_formulation(tiny, monkeypatch):
             if 'conv' in name:
                 velocity[name] = 0.6 * velocity[name] + grad
                 update = newton_schulz((grad + 0.6 * velocity[name]).flatten(1)).view_as(weight)
-                weights[name] = weight * len(weight)**0.5 / weight.norm() - hyp['muon_lr'] * (1 - step / 6) * update
+                weights[name] = (
+                    weight * len(weight) ** 0.5 / weight.norm()
+                    - hyp['muon_lr'] * (1 - step / 6) * update
+                )
             else:
                 peak = 2.9 / scale if name == 'linear.weight' else 2.9 * 144 / scale
                 grad = grad + 0.0153 * 10 / scale / peak * weight
@@ -121,32 +167,69 @@ def test_six_steps_are_those_of_the_plain_formulation(tiny, monkeypatch):
 
 
 def test_the_filters_of_each_block():
-    """A first convolution at most doubles the channels; Muon's author's lr of head and biases, in the paper's units."""
+    """
+    A first convolution at most doubles the channels; Muon's author's lr of head and biases, in the
+    paper's units.
+    """
     net = Net()
     assert [tuple(p.shape[:3]) for p in net.blocks.parameters() if p.ndim == 4] == [
-        (48, 24, 2), (72, 48, 2), (144, 72, 3), (288, 144, 3), (384, 288, 3), (384, 384, 3)]
-    biases, head, *_ = make_optimizer(net, hyp).param_groups
+        (48, 24, 2),
+        (72, 48, 2),
+        (144, 72, 3),
+        (288, 144, 3),
+        (384, 288, 3),
+        (384, 384, 3),
+    ]
+    biases, head = make_optimizer(net, hyp)[0].param_groups
     assert biases['lr'] == pytest.approx(0.053, rel=0.01)
-    assert head['lr'] == pytest.approx(0.67 * (9 / 384)**2, rel=0.01)  # his logits: divided by 384, not by 9
+    assert head['lr'] == pytest.approx(
+        0.67 * (9 / 384) ** 2, rel=0.01
+    )  # his logits: divided by 384, not by 9
     assert biases['lr'] * biases['weight_decay'] == pytest.approx(2e-6 * 2000, rel=0.03)
 
 
 def test_the_crops_of_each_step(tiny, monkeypatch):
     seen, real_step = [], train_step
-    monkeypatch.setattr(airbench94_muon, 'train_step', lambda net, optimizer, inputs, *rest: (
-        seen.append(tuple(inputs.shape)), real_step(net, optimizer, inputs, *rest))[1])
+    monkeypatch.setattr(
+        airbench94_muon,
+        'train_step',
+        lambda net, optimizer, inputs, *rest: (
+            seen.append(tuple(inputs.shape)),
+            real_step(net, optimizer, inputs, *rest),
+        )[1],
+    )
     loader = CifarLoader(tiny, True, 100, hyp['aug'])
     train(loader, epochs=20 / 11, verbose=False, dtype=torch.float32, **SMALL)
     assert [shape[-1] for shape in seen] == [24] * 8 + [28] * 6 + [32] * 6
     assert all(shape == (100, 3, shape[-1], shape[-1]) for shape in seen)
-    assert [image_size(hyp, step, 263) for step in (0, 105, 106, 184, 185, 262)] == [24, 24, 28, 28, 32, 32]
+    last = dict(lr_start=1.0, lr_peak=0.0, lr_end=0.0)
+    assert {key: hyp[key] for key in last} == last
+    assert [airbench94_muon.lr_factor(step, 8, hyp) for step in (0, 2, 8)] == [1, 0.75, 0]
+    assert [image_size(step, 263, hyp) for step in (0, 105, 106, 184, 185, 262)] == [
+        24,
+        24,
+        28,
+        28,
+        32,
+        32,
+    ]
 
 
-@pytest.mark.parametrize('key, value', [
-    ('crops', ((24, 0.5), (40, 0.9))), ('crops', ((8, 0.1),)), ('crops', ((24.0, 0.4),)),
-    ('muon_momentum', 1), ('muon_lr', 0), ('muon_lr', math.nan), ('muon_lr', math.inf), ('bias_scaler', -1)])
+@pytest.mark.parametrize(
+    'key, value',
+    [
+        ('crops', ((24, 0.5), (40, 0.9))),
+        ('crops', ((8, 0.1),)),
+        ('crops', ((24.0, 0.4),)),
+        ('muon_momentum', 1),
+        ('muon_lr', 0),
+        ('muon_lr', math.nan),
+        ('muon_lr', math.inf),
+        ('bias_scaler', -1),
+    ],
+)
 def test_values_that_make_no_sense(key, value):
-    with pytest.raises(ValueError, match=f'{key} cannot be'):
+    with pytest.raises(ValueError, match=f'{key} must be'):
         merge({key: value})
 
 
@@ -161,12 +244,17 @@ def test_translations_for_the_least_sure_eighth():
     unsure = (best[:, -1] - best[:, -2]).argsort()[:5]
     around = (image[:, :, 12:15, 6:9].sum((2, 3)) + image[:, :, 12:15, 23:26].sum((2, 3))) / 2
     logits = infer(net, loader, 2)
-    pair[unsure] = (around + pair)[unsure] / 10  # the pair counts twice, each of the eight translations once
+    pair[unsure] = (around + pair)[
+        unsure
+    ] / 10  # the pair counts twice, each of the eight translations once
     torch.testing.assert_close(logits, pair)
 
 
 def test_pflops_are_those_of_a_whole_run(tiny, monkeypatch):
-    """Every forward pass and every orthogonalisation of a training and its evaluation, counted as they happen."""
+    """
+    Every forward pass and every orthogonalisation of a training and its evaluation, counted as they
+    happen.
+    """
     flops, real_forward, real_orthogonalize = Counter(), Net.forward, orthogonalize
 
     def counted(kind, function, *args):
@@ -174,34 +262,58 @@ def test_pflops_are_those_of_a_whole_run(tiny, monkeypatch):
             result = function(*args)
         flops[kind] += counter.get_total_flops()
         return result
-    monkeypatch.setattr(Net, 'forward', lambda net, x: counted(
-        'training' if net.training else 'evaluation', real_forward, net, x))
-    monkeypatch.setattr(airbench94_muon, 'orthogonalize', lambda x: counted('muon', real_orthogonalize, x))
+
+    monkeypatch.setattr(
+        Net,
+        'forward',
+        lambda net, x: counted('training' if net.training else 'evaluation', real_forward, net, x),
+    )
+    monkeypatch.setattr(
+        airbench94_muon, 'orthogonalize', lambda x: counted('muon', real_orthogonalize, x)
+    )
     h = merge(SMALL | dict(epochs=20 / 11))
-    net = train(CifarLoader(tiny, True, 100, hyp['aug']), verbose=False, dtype=torch.float32, epochs=20 / 11, **SMALL)
+    net = train(
+        CifarLoader(tiny, True, 100, hyp['aug']),
+        verbose=False,
+        dtype=torch.float32,
+        epochs=20 / 11,
+        **SMALL,
+    )
     infer(net, CifarLoader(tiny, False), 2)
     counts = dict(flops)
     assert set(counts) == {'training', 'evaluation', 'muon'} and min(counts.values()) > 0
     monkeypatch.undo()
-    assert count_pflops(h, 20, 96) * 1e15 == 3 * counts['training'] + counts['evaluation'] + counts['muon']
+    assert (
+        count_pflops(h, 20, 96) * 1e15
+        == 3 * counts['training'] + counts['evaluation'] + counts['muon']
+    )
     assert count_pflops(h, 20, 0) * 1e15 == 3 * counts['training'] + counts['muon']
 
 
 def test_float16_steps_on_the_meta_device():
     """Whole steps of the CUDA recipe at full size: dtypes, and how many calls."""
     net = Net(device='meta', dtype=torch.float16).train()
-    optimizer = make_optimizer(net, hyp)
-    for group in optimizer.param_groups:
+    optimizers = make_optimizer(net, hyp)
+    for group in optimizers[0].param_groups:
         group['foreach'] = True  # fused, as on CUDA, there is no implementation for meta tensors
     labels = torch.empty(2000, dtype=torch.int64, device='meta')
     for size in (24, 28, 32):
         inputs = torch.empty(2000, 3, size, size, dtype=torch.float16, device='meta')
         with CountCalls() as counted:
-            loss, logits = train_step(net, optimizer, inputs, labels, hyp['label_smoothing'])
-        assert loss.dtype == logits.dtype == torch.float32 and loss.shape == () and logits.shape == (2000, 10)
+            loss, logits = train_step(net, optimizers, inputs, labels, hyp['label_smoothing'])
+        assert (
+            loss.dtype == logits.dtype == torch.float32
+            and loss.shape == ()
+            and logits.shape == (2000, 10)
+        )
         net.whiten.bias.requires_grad_(False)
-    assert all(p.dtype == (torch.float32 if 'norm' in name else torch.float16) for name, p in net.named_parameters())
+    assert all(
+        p.dtype == (torch.float32 if 'norm' in name else torch.float16)
+        for name, p in net.named_parameters()
+    )
     calls = Counter(counted.calls)
     assert calls['aten.addmm.default'] == 6 * 3 * 2  # 6 filters, no two of a shape, 3 steps
     assert len(counted.calls) <= 186, calls  # 182 in PyTorch 2.14
-    assert not {call for call in calls if 'local_scalar' in call or 'nonzero' in call}  # which wait for the GPU
+    assert not {
+        call for call in calls if 'local_scalar' in call or 'nonzero' in call
+    }  # which wait for the GPU

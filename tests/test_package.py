@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, keep
 
 import airbench
 import airbench94
@@ -19,10 +19,17 @@ SMALL = dict(widths=(8, 8, 8), dtype=torch.float32, verbose=False)
 
 
 def test_it_only_re_exports():
-    own = [name for name, value in vars(airbench).items() if getattr(value, '__module__', None) == 'airbench']
+    own = [
+        name
+        for name, value in vars(airbench).items()
+        if getattr(value, '__module__', None) == 'airbench'
+    ]
     assert own == ['load_net']
     assert airbench.train94 is airbench94.train and airbench.warmup94 is airbench94.warmup
-    assert airbench.train94_muon is airbench94_muon.train and airbench.warmup94_muon is airbench94_muon.warmup
+    assert (
+        airbench.train94_muon is airbench94_muon.train
+        and airbench.warmup94_muon is airbench94_muon.warmup
+    )
     assert airbench.train95 is airbench95.train and airbench.warmup95 is airbench95.warmup
     assert airbench.train96 is airbench96.train and airbench.warmup96 is airbench96.warmup
     assert airbench.CifarLoader is airbench96.CifarLoader
@@ -31,8 +38,13 @@ def test_it_only_re_exports():
 
 def test_importing_it_prints_nothing_and_reads_no_data(tmp_path):
     code = 'import sys, airbench; assert "torchvision" not in sys.modules'
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
-                          env={'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'AIRBENCH_DATA': '/nowhere'})
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'AIRBENCH_DATA': '/nowhere'},
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
     assert list(tmp_path.iterdir()) == []
 
@@ -40,8 +52,13 @@ def test_importing_it_prints_nothing_and_reads_no_data(tmp_path):
 def test_the_package_holds_all_modules():
     tomllib = pytest.importorskip('tomllib', reason='it came with Python 3.11')
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
-    assert project['tool']['setuptools']['py-modules'] == sorted(path.stem for path in ROOT.glob('airbench*.py'))
-    assert sorted(project['project']['dependencies']) == (ROOT / 'requirements.txt').read_text().split()
+    assert project['tool']['setuptools']['py-modules'] == sorted(
+        path.stem for path in ROOT.glob('airbench*.py')
+    )
+    assert (
+        sorted(project['project']['dependencies'])
+        == (ROOT / 'requirements.txt').read_text().split()
+    )
     for command, target in project['project']['scripts'].items():
         assert target == f'{command.replace("-", "_")}:main'
 
@@ -51,18 +68,27 @@ def test_whole_numbers_of_pixels_may_be_floats(tiny):
     batches = []
     for aug in (dict(translate=2, cutout=8), dict(translate=2.0, cutout=8.0)):
         torch.manual_seed(0)
-        batches.append(next(iter(airbench.CifarLoader(tiny, train=True, batch_size=100, aug=aug)))[0])
+        batches.append(
+            next(iter(airbench.CifarLoader(tiny, train=True, batch_size=100, aug=aug)))[0]
+        )
     assert torch.equal(*batches)
 
 
-@pytest.mark.parametrize('train', [airbench.train94, airbench.train94_muon, airbench.train95, airbench.train96])
+@pytest.mark.parametrize(
+    'train', [airbench.train94, airbench.train94_muon, airbench.train95, airbench.train96]
+)
 def test_each_training_takes_the_one_loader(train, tiny):
-    """A subset of the caller's, of one batch, or without augmentation: trained on as it stands, and not changed."""
-    loader = airbench.CifarLoader(tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2, cutout=8))
+    """
+    A subset of the caller's, of one batch, or without augmentation: trained on as it stands, and
+    not changed.
+    """
+    loader = airbench.CifarLoader(
+        tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2, cutout=8)
+    )
     loader.images, loader.labels = loader.images[:250], loader.labels[:250]
     images = loader.images.clone()
     history = []
-    net = train(loader, epochs=3, label_smoothing=0, seed=0, history=history, **SMALL)
+    net = train(loader, epochs=3, label_smoothing=0, seed=0, callback=keep(history), **SMALL)
     again = train(loader, epochs=3, label_smoothing=0, seed=0, **SMALL)
     assert history[-1]['steps'] == 6 and torch.equal(loader.images, images) and loader.epoch == 0
     assert torch.equal(net.linear.weight, again.linear.weight)
@@ -76,7 +102,9 @@ def test_each_training_takes_the_one_loader(train, tiny):
 
 def test_only_the_images_of_the_loader_are_trained_on(tiny):
     """Images outside the subset, were any used, would spoil the weights: they are not numbers."""
-    loader = airbench.CifarLoader(tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2))
+    loader = airbench.CifarLoader(
+        tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2)
+    )
     loader.images[500:] = float('nan')
     loader.images, loader.labels = loader.images[:500], loader.labels[:500]
     net = airbench.train94(loader, epochs=2, **SMALL)
@@ -85,10 +113,13 @@ def test_only_the_images_of_the_loader_are_trained_on(tiny):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_memory_does_not_grow(tiny):
-    loader = airbench.CifarLoader(tiny, train=True, batch_size=500, aug=dict(flip=True, translate=2))
+    loader = airbench.CifarLoader(
+        tiny, train=True, batch_size=500, aug=dict(flip=True, translate=2)
+    )
 
     def resident():
         return int(re.search(r'VmRSS:\s+(\d+)', open('/proc/self/status').read())[1])
+
     for _ in range(5):
         list(loader)
     before = resident()
@@ -100,7 +131,10 @@ def test_memory_does_not_grow(tiny):
 
 def test_the_loaders_example(tiny):
     loader = airbench.CifarLoader(tiny, train=True, batch_size=500)
-    loader.images, loader.labels = torch.zeros(50_000, 3, 1, 1), torch.arange(50_000) % 10
+    loader.images, loader.labels = (
+        torch.zeros(1).expand(50_000, 3, 32, 32),
+        torch.arange(50_000) % 10,
+    )
     mask = loader.labels < 6
     loader.images = loader.images[mask]
     loader.labels = loader.labels[mask]
@@ -117,7 +151,9 @@ def test_the_readmes_snippets(code, tiny, monkeypatch, tmp_path):
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'cifar10').symlink_to(tiny)
-    monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))  # lest a warm-up change how the process allocates
+    monkeypatch.setattr(
+        platform, 'libc_ver', lambda: ('', '')
+    )  # lest a warm-up change how the process allocates
     code = re.sub(r'epochs=[\d.]+', 'epochs=1', code).replace('batch_size=1024', 'batch_size=100')
     for module in (airbench94, airbench94_muon, airbench95, airbench96):
         for name, value in (('widths', (8, 8, 8)), ('epochs', 1), ('batch_size', 100)):

@@ -1,4 +1,7 @@
-"""The network, its initialisation, the optimiser, the Lookahead and the evaluation, against their formulas."""
+"""
+The network, its initialisation, the optimiser, the Lookahead and the evaluation, against their
+formulas.
+"""
 
 from types import SimpleNamespace
 
@@ -28,20 +31,35 @@ def test_size_and_compute():
     forward = count_pflops(hyp | dict(tta_level=0), steps=0, test_size=1) * 1e15
     assert 235e6 < forward < 237e6
     # By hand: twice the multiplications of each convolution and of the linear layer.
-    sizes = [(3 * 4, 24, 31), (24 * 9, 64, 31), (64 * 9, 64, 15), (64 * 9, 256, 15), (256 * 9, 256, 7),
-             (256 * 9, 256, 7), (256 * 9, 256, 3), (256, 10, 1)]
+    sizes = [
+        (3 * 4, 24, 31),
+        (24 * 9, 64, 31),
+        (64 * 9, 64, 15),
+        (64 * 9, 256, 15),
+        (256 * 9, 256, 7),
+        (256 * 9, 256, 7),
+        (256 * 9, 256, 3),
+        (256, 10, 1),
+    ]
     assert forward == 2 * sum(fan_in * out * size**2 for fan_in, out, size in sizes)
     assert round(count_pflops(hyp, 476, 10_000), 2) == 0.36
     assert count_pflops(hyp, 476, 10_000) == forward * (3 * 476 * 1024 + 6 * 10_000) / 1e15
-    assert count_pflops(hyp | dict(tta_level=1, batch_size=10), 7, 50) == forward * (3 * 7 * 10 + 2 * 50) / 1e15
-    assert count_pflops(hyp | dict(tta_level=0), 0, 1, num_classes=3) * 1e15 == forward - 2 * 7 * 256
+    assert (
+        count_pflops(hyp | dict(tta_level=1, batch_size=10), 7, 50)
+        == forward * (3 * 7 * 10 + 2 * 50) / 1e15
+    )
+    assert (
+        count_pflops(hyp | dict(tta_level=0), 0, 1, num_classes=3) * 1e15 == forward - 2 * 7 * 256
+    )
 
 
 def test_the_network_is_the_one_described():
     net = Net().eval()
     for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
         assert norm.eps == 1e-12 and norm.momentum == 0.4
-        assert norm.bias.requires_grad and not norm.weight.requires_grad and (norm.weight == 1).all()
+        assert (
+            norm.bias.requires_grad and not norm.weight.requires_grad and (norm.weight == 1).all()
+        )
     assert not net.whiten.weight.requires_grad and (net.whiten.bias == 0).all()
     nn.init.normal_(net.whiten.bias)
     x = torch.randn(2, 3, 32, 32)
@@ -73,7 +91,9 @@ def test_whitening_makes_the_second_moment_diagonal():
     patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12).double()
     eigenvalues = torch.linalg.eigvalsh(patches.T @ patches / len(patches))
     moment = outputs[:, :12].T @ outputs[:, :12] / len(outputs)
-    torch.testing.assert_close(moment, torch.diag(eigenvalues / (eigenvalues + 5e-4)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        moment, torch.diag(eigenvalues / (eigenvalues + 5e-4)), rtol=1e-3, atol=1e-4
+    )
     assert torch.equal(net.whiten.weight[12:], -net.whiten.weight[:12])
 
 
@@ -84,22 +104,24 @@ def test_learning_rates_and_weight_decays():
     assert others['lr'] == pytest.approx(11.5 / k) and biases['lr'] == pytest.approx(64 * 11.5 / k)
     for group in (biases, others):
         assert group['weight_decay'] * group['lr'] == pytest.approx(0.0153 * 512 / k)
-        assert group['momentum'] == 0.85 and group['nesterov'] and group['peak_lr'] == group['lr']
+        assert group['momentum'] == 0.85 and group['nesterov']
     expected = {id(norm.bias) for norm in net.modules() if isinstance(norm, nn.BatchNorm2d)}
     assert {id(p) for p in biases['params']} == expected
     convs = [module.weight for module in net.blocks.modules() if isinstance(module, nn.Conv2d)]
-    assert {id(p) for p in others['params']} == {id(p) for p in (*convs, net.whiten.bias, net.linear.weight)}
+    assert {id(p) for p in others['params']} == {
+        id(p) for p in (*convs, net.whiten.bias, net.linear.weight)
+    }
 
 
 def test_lr_factor():
-    assert lr_factor(0, 476) == pytest.approx(0.2)
-    assert lr_factor(109, 476) == 1 and int(0.23 * 476) == 109
-    assert lr_factor(54.5, 476) == pytest.approx(0.6)
-    assert lr_factor(476, 476) == pytest.approx(0.07)
-    assert lr_factor((109 + 476) / 2, 476) == pytest.approx(1.07 / 2)
+    assert lr_factor(0, 476, hyp) == pytest.approx(0.2)
+    assert lr_factor(109, 476, hyp) == 1 and int(0.23 * 476) == 109
+    assert lr_factor(54.5, 476, hyp) == pytest.approx(0.6)
+    assert lr_factor(476, 476, hyp) == pytest.approx(0.07)
+    assert lr_factor((109 + 476) / 2, 476, hyp) == pytest.approx(1.07 / 2)
     for total in range(1, 12):
-        assert all(0.07 <= lr_factor(step, total) <= 1 for step in range(total))
-    assert lr_factor(0, 1) == 1
+        assert all(0.07 <= lr_factor(step, total, hyp) <= 1 for step in range(total))
+    assert lr_factor(0, 1, hyp) == 1
 
 
 def test_frozen_bias_stays():
@@ -131,7 +153,9 @@ def test_the_loss_is_the_sum_of_smoothed_cross_entropies():
 
 def test_lookahead_by_hand():
     net = nn.BatchNorm1d(1)
-    state = list(net.state_dict().values())[:4]  # weight, bias, running mean and variance; not the count of batches
+    state = list(net.state_dict().values())[
+        :4
+    ]  # weight, bias, running mean and variance; not the count of batches
     average = [tensor.clone() for tensor in state]
     net.bias.data.fill_(10.0)
     net.running_mean.fill_(4.0)
@@ -167,12 +191,16 @@ def test_tta_weights(y, x):
     torch.testing.assert_close(infer(net, loader, 1), pixel_and_mirror(y, x, image))
     up_left = (padded[:, :, y, x] + padded[:, :, y, 31 - x]) / 2
     down_right = (padded[:, :, y + 2, x + 2] + padded[:, :, y + 2, 33 - x]) / 2
-    torch.testing.assert_close(infer(net, loader, 2),
-                               pixel_and_mirror(y, x, image) / 2 + up_left / 4 + down_right / 4)
+    torch.testing.assert_close(
+        infer(net, loader, 2), pixel_and_mirror(y, x, image) / 2 + up_left / 4 + down_right / 4
+    )
 
 
 def test_infer_leaves_the_mode_as_it_was():
-    net, loader = Pixel(0, 0), SimpleNamespace(images=torch.rand(5, 3, 32, 32), normalize=lambda images: images)
+    net, loader = (
+        Pixel(0, 0),
+        SimpleNamespace(images=torch.rand(5, 3, 32, 32), normalize=lambda images: images),
+    )
     for mode in (True, False):
         net.train(mode)
         infer(net, loader)
@@ -193,15 +221,24 @@ def test_float16_on_the_meta_device():
         labels = torch.empty(1024, dtype=torch.int64, device='meta')
         loss, logits = train_step(net, optimizer, inputs, labels, hyp['label_smoothing'])
         lookahead_update(average, state, decay=0.5)
-        assert loss.dtype == logits.dtype == torch.float32 and loss.shape == () and logits.shape == (1024, 10)
+        assert (
+            loss.dtype == logits.dtype == torch.float32
+            and loss.shape == ()
+            and logits.shape == (1024, 10)
+        )
     for name, p in net.named_parameters():
         assert p.dtype == (torch.float32 if 'norm' in name else torch.float16), name
     momenta = [(p, optimizer.state[p]['momentum_buffer']) for p in optimizer.state]
     assert len(momenta) == 14 and all(buffer.dtype == p.dtype for p, buffer in momenta)
-    loader = SimpleNamespace(images=torch.empty(10_000, 3, 32, 32, device='meta'),
-                             normalize=lambda images: images)
+    loader = SimpleNamespace(
+        images=torch.empty(10_000, 3, 32, 32, device='meta'), normalize=lambda images: images
+    )
     logits = infer(net, loader, tta_level=2)
-    assert logits.shape == (10_000, 10) and logits.dtype == torch.float32 and logits.device.type == 'meta'
+    assert (
+        logits.shape == (10_000, 10)
+        and logits.dtype == torch.float32
+        and logits.device.type == 'meta'
+    )
 
 
 def test_float16_in_numbers_agrees_with_float32():
@@ -241,10 +278,15 @@ def test_forward_pass_on_fake_cuda():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        tensors[name] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype,
-                                                            device='cuda')
+                        tensors[name] = torch.empty_strided(
+                            tensor.shape, tensor.stride(), dtype=tensor.dtype, device='cuda'
+                        )
         logits = net(torch.empty(64, 3, 32, 32, device='cuda', dtype=torch.float16))
-        assert logits.device.type == 'cuda' and logits.dtype == torch.float32 and logits.shape == (64, 10)
+        assert (
+            logits.device.type == 'cuda'
+            and logits.dtype == torch.float32
+            and logits.shape == (64, 10)
+        )
         net.linear._parameters['weight'] = torch.empty(10, 256, dtype=torch.float16)
         with pytest.raises(RuntimeError, match='device'):
             net(torch.empty(64, 3, 32, 32, device='cuda', dtype=torch.float16))

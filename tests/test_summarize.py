@@ -1,4 +1,7 @@
-"""results/summarize.py: its statistics against published tables, its sums, and what it refuses to add up."""
+"""
+results/summarize.py: its statistics against published tables, its sums, and what it refuses to add
+up.
+"""
 
 import importlib.util
 import json
@@ -12,39 +15,78 @@ summarize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(summarize)
 
 
-@pytest.mark.parametrize('df, confidence, t', [  # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
-    (1, 0.95, 12.706), (2, 0.95, 4.303), (7, 0.95, 2.365), (10, 0.95, 2.228), (30, 0.95, 2.042), (100, 0.95, 1.984),
-    (1, 0.80, 3.078), (5, 0.99, 4.032), (20, 0.998, 3.552), (60, 0.90, 1.671),
-])
+@pytest.mark.parametrize(
+    'df, confidence, t',
+    [  # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
+        (1, 0.95, 12.706),
+        (2, 0.95, 4.303),
+        (7, 0.95, 2.365),
+        (10, 0.95, 2.228),
+        (30, 0.95, 2.042),
+        (100, 0.95, 1.984),
+        (1, 0.80, 3.078),
+        (5, 0.99, 4.032),
+        (20, 0.998, 3.552),
+        (60, 0.90, 1.671),
+    ],
+)
 def test_t_table(df, confidence, t):
     assert summarize.t_quantile(df, confidence) == pytest.approx(t, abs=6e-4)
     assert summarize.t_two_sided(t, df) == pytest.approx(1 - confidence, rel=2e-3)
 
 
 def write_log(path, runs, **header):
-    header = dict(type='header', script='airbench94', hyperparameters=dict(lr=11.5), dtype='bfloat16', data='x',
-                  device='a CPU', synthetic=False) | header
+    header = (
+        dict(
+            type='header',
+            script='airbench94',
+            hyperparameters=dict(lr=11.5),
+            dtype='bfloat16',
+            data='x',
+            device='a CPU',
+            synthetic=False,
+        )
+        | header
+    )
     path.write_text('\n'.join(map(json.dumps, [header, *runs])) + '\n')
     return str(path)
 
 
 def a_run(seed, accuracy):
-    return dict(type='run', seed=seed, diverged=accuracy is None, tta_val_acc=accuracy, seconds=10.0 * (seed + 1),
-                pflops=0.36)
+    return dict(
+        type='run',
+        seed=seed,
+        diverged=accuracy is None,
+        tta_val_acc=accuracy,
+        seconds=10.0 * (seed + 1),
+        pflops=0.36,
+    )
 
 
 def test_one_summary_over_several_logs(tmp_path, capsys):
-    logs = [write_log(tmp_path / 'a', [a_run(0, 0.93), a_run(2, 0.95)]),
-            write_log(tmp_path / 'b', [a_run(1, 0.94), a_run(3, None)])]
+    logs = [
+        write_log(tmp_path / 'a', [a_run(0, 0.93), a_run(2, 0.95)]),
+        write_log(tmp_path / 'b', [a_run(1, 0.94), a_run(3, None)]),
+    ]
     with open(logs[1], 'a') as file:
         file.write('{"type": "ru')
     assert summarize.main(logs) == 0
     out = capsys.readouterr().out
-    # 0.93, 0.94, 0.95: std 0.01, stderr 0.01 / sqrt(3) = 0.00577, t(2) = 4.303, half the interval 0.0248
-    for line in ('4 runs in 2 logs', 'n                  3\n', 'acc   0.9400\n', 'std                0.0100\n',
-                 '0.0058\n', '0.9152 to 0.9648', '20.00 in the mean, 10.00 the fastest\n', '0.36\n',
-                 'fastest run        10.0 s, 36 TFLOP/s, a CPU\n', 'diverged           1\n',
-                 'README             94.00 ± 0.58 (3)\n'):
+    # 0.93, 0.94, 0.95: std 0.01, stderr 0.01 / sqrt(3) = 0.00577, t(2) = 4.303, half the interval
+    # 0.0248
+    for line in (
+        '4 runs in 2 logs',
+        'n                  3\n',
+        'acc   0.9400\n',
+        'std                0.0100\n',
+        '0.0058\n',
+        '0.9152 to 0.9648',
+        '20.00 in the mean, 10.00 the fastest\n',
+        '0.36\n',
+        'fastest run        10.0 s, 36 TFLOP/s, a CPU\n',
+        'diverged           1\n',
+        'README             94.00 ± 0.58 (3)\n',
+    ):
         assert line in out, line
 
 
@@ -59,21 +101,32 @@ def sample(values):
     return dict(n=len(values), mean=statistics.fmean(values), std=statistics.stdev(values))
 
 
-# NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.5.3, miles per gallon of American and of Japanese cars, the
-# variances not taken as equal: T = -12.94627 with 136.8750 degrees of freedom.
+# NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.5.3, miles per gallon of American and of
+# Japanese cars, the variances not taken as equal: T = -12.94627 with 136.8750 degrees of freedom.
 NIST = dict(n=249, mean=20.14458, std=6.41470), dict(n=79, mean=30.48101, std=6.10771)
 # Wikipedia, "Welch's t-test", the first example: t = -2.46 with 25.0 degrees of freedom, P = 0.021.
-EQUAL = (sample([27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]),
-         sample([27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4]))
+EQUAL = (
+    sample(
+        [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]
+    ),
+    sample(
+        [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4]
+    ),
+)
 
 
 def test_welchs_t_test_against_published_examples():
     test = summarize.welch(*NIST)
-    assert test['t'] == pytest.approx(-12.94627, abs=5e-6) and test['df'] == pytest.approx(136.8750, abs=5e-5)
+    assert test['t'] == pytest.approx(-12.94627, abs=5e-6) and test['df'] == pytest.approx(
+        136.8750, abs=5e-5
+    )
     test = summarize.welch(*EQUAL)
-    assert test['t'] == pytest.approx(-2.46, abs=5e-3) and test['df'] == pytest.approx(25.0, abs=0.05)
+    assert test['t'] == pytest.approx(-2.46, abs=5e-3) and test['df'] == pytest.approx(
+        25.0, abs=0.05
+    )
     assert test['p'] == pytest.approx(0.021, abs=5e-4)
-    # The interval is the difference and t(25) = 2.060 (the table of 1.3.6.7.2) standard errors on each side of it.
+    # The interval is the difference and t(25) = 2.060 (the table of 1.3.6.7.2) standard errors on
+    # each side of it.
     low, high = test['interval']
     assert (low + high) / 2 == pytest.approx(test['difference'])
     assert (high - low) / 2 == pytest.approx(2.060 * test['difference'] / test['t'], rel=1e-3)
@@ -85,15 +138,26 @@ def test_against(tmp_path, capsys):
     (tmp_path / 'b').write_text((tmp_path / 'b').read_text().replace('11.5', '10.0'))
     assert summarize.main([mine, '--against', other]) == 0
     out = capsys.readouterr().out
-    # Equal spreads and n = 2: stderr 0.014142, t 2.121 with 2 degrees of freedom, t(2) = 4.3027, p 0.168
-    for line in ('mean tta_val_acc   0.9400\n', 'mean tta_val_acc   0.9100\n', 'difference         +0.0300',
-                 '-0.0308 to +0.0908\n', 't 2.121, 2.00 degrees of freedom, p 0.17\n'):
+    # Equal spreads and n = 2: stderr 0.014142, t 2.121 with 2 degrees of freedom, t(2) = 4.3027, p
+    # 0.168
+    for line in (
+        'mean tta_val_acc   0.9400\n',
+        'mean tta_val_acc   0.9100\n',
+        'difference         +0.0300',
+        '-0.0308 to +0.0908\n',
+        't 2.121, 2.00 degrees of freedom, p 0.17\n',
+    ):
         assert line in out, line
 
 
-@pytest.mark.parametrize('runs, header, word', [
-    ([a_run(0, 0.9)], {}, 'two runs'), ([a_run(0, 0.9), a_run(1, 0.9)], {}, 'spread'),
-    ([a_run(0, 0.9), a_run(1, 0.8)], dict(data='y'), 'different data')])
+@pytest.mark.parametrize(
+    'runs, header, word',
+    [
+        ([a_run(0, 0.9)], {}, 'two runs'),
+        ([a_run(0, 0.9), a_run(1, 0.9)], {}, 'spread'),
+        ([a_run(0, 0.9), a_run(1, 0.8)], dict(data='y'), 'different data'),
+    ],
+)
 def test_what_cannot_be_compared(runs, header, word, tmp_path, capsys):
     mine = write_log(tmp_path / 'a', [a_run(0, 0.93), a_run(1, 0.93)])
     assert summarize.main([mine, '--against', write_log(tmp_path / 'b', runs, **header)]) == 2
@@ -107,9 +171,13 @@ def test_what_does_not_go_together_is_refused(tmp_path, capsys):
     (tmp_path / 'b').write_text((tmp_path / 'b').read_text().replace('11.5', '10.0'))
     (tmp_path / 'c').write_text('notes\n')
     write_log(tmp_path / 'd', [dict(type='run', seed=0, name='an example\'s')])
-    for paths, word in (([first, other], 'hyperparameters'), ([first, first], 'seed 0'),
-                        ([str(tmp_path / 'd')], 'not a log'),
-                        ([str(tmp_path / 'c')], 'not a log'), ([str(tmp_path / 'none')], 'No such file')):
+    for paths, word in (
+        ([first, other], 'lr'),
+        ([first, first], 'seed 0'),
+        ([str(tmp_path / 'd')], 'not a log'),
+        ([str(tmp_path / 'c')], 'not a log'),
+        ([str(tmp_path / 'none')], 'No such file'),
+    ):
         assert summarize.main(paths) == 2
         out, err = capsys.readouterr()
         assert out == '' and len(err.splitlines()) == 1 and word in err

@@ -1,0 +1,323 @@
+"""What users did, and what was lost or silently wrong then: networks, logs, data, threads."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_split
+
+import airbench
+import airbench94
+import airbench94_compiled
+import airbench94_muon
+from airbench94 import CifarLoader, train
+
+SMALL = dict(widths=(8, 8, 8), dtype=torch.float32, verbose=False)
+FLAGS = ['--widths', '(8, 8, 8)', '--batch_size', '100', '--epochs', '1', '--log', 'log.jsonl']
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    """Data of one batch an epoch."""
+    folder = tmp_path_factory.mktemp('tiny')
+    write_split(folder / 'train.pt', 110, seed=0)
+    write_split(folder / 'test.pt', 96, seed=1)
+    return folder
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path, tiny):
+    """The command line in this process: a function that returns the exit code and the output."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['airbench94.py', *FLAGS, *map(str, arguments)])
+        try:
+            code = airbench94.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def logged_seeds():
+    lines = Path('log.jsonl').read_text().splitlines()
+    return [record['seed'] for record in map(json.loads, lines) if record['type'] == 'run']
+
+
+# Saved networks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('when', ['before the file is there', 'before the run is logged'])
+def test_what_stops_between_saving_and_logging_loses_nothing(main, monkeypatch, when):
+    """Here SIGTERM. The same command makes up for it, and no torn file has the network's name."""
+    with monkeypatch.context() as patch:
+        if when == 'before the file is there':
+            patch.setattr(torch, 'save', lambda data, file: file.write_text('half') and 1 / 0)
+        else:
+            stop = os.getpid(), signal.SIGTERM
+            patch.setattr(airbench94, 'save_net', lambda *args: os.kill(*stop))
+        try:
+            code = main('--save', 'nets')[0]
+        except ZeroDivisionError:
+            code = 130
+        assert code == 130 and logged_seeds() == []
+        assert not Path('nets/airbench94-seed0.pt').exists()
+    assert main('--save', 'nets')[0] == 0 and logged_seeds() == [0]
+    assert airbench.load_net('nets/airbench94-seed0.pt').classes == list('0123456789')
+
+
+def test_a_network_whose_run_was_not_logged_is_made_again(main):
+    assert main('--save', 'nets')[0] == 0
+    os.unlink('log.jsonl')
+    assert main('--save', 'nets')[0] == 0 and logged_seeds() == [0]
+
+
+def test_a_logged_run_without_its_network_is_said(main):
+    assert main('--runs', 2)[0] == 0
+    code, _, err = main('--runs', 3, '--save', 'nets')
+    notes = err.splitlines()
+    assert code == 0 and len(notes) == 2 and all('another --log' in note for note in notes)
+    for seed, note in enumerate(notes):
+        assert f'--seed {seed} --runs 1' in note and f'airbench94-seed{seed}.pt is missing' in note
+    assert os.listdir('nets') == ['airbench94-seed2.pt'] and logged_seeds() == [0, 1, 2]
+
+
+@pytest.mark.parametrize('change', ['recipe', 'seed', 'text'])
+def test_another_file_is_not_overwritten(main, change):
+    file = Path('nets/airbench94-seed1.pt')
+    if change == 'recipe':
+        assert main('--seed', 1, '--save', 'nets', '--lr', 10)[0] == 0
+    elif change == 'seed':
+        assert main('--seed', 0, '--save', 'nets')[0] == 0
+        Path('nets/airbench94-seed0.pt').rename(file)
+    else:
+        file.parent.mkdir()
+        file.write_text('notes')
+    Path('log.jsonl').unlink(missing_ok=True)
+    before = file.read_bytes()
+    code, out, err = main('--seed', 1, '--save', 'nets')
+    assert code == 2 and out == '' and f'{file} is a network of another recipe' in err
+    assert '--save' in err and len(err.splitlines()) == 1 and file.read_bytes() == before
+
+
+def test_save_wants_a_folder(main):
+    Path('net').write_text('')
+    code, out, err = main('--save', 'net')
+    assert code == 2 and out == '' and 'net is a file: name a folder with --save' in err
+
+
+def test_a_network_of_a_copied_script(main, monkeypatch, tmp_path):
+    """The script has another name, and another network."""
+    source = (ROOT / 'airbench94.py').read_text().replace('F.gelu(self.norm2(x))', 'self.norm2(x)')
+    (tmp_path / 'my94.py').write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import my94
+
+    monkeypatch.setattr(sys, 'argv', ['my94.py', *FLAGS, '--save', 'nets'])
+    assert my94.main() == 0
+    file = 'nets/my94-seed0.pt'
+    with pytest.raises(ValueError, match=r'load_net\(file, script=my94\)'):
+        airbench.load_net(file)
+    net = airbench.load_net(file, script=my94)
+    assert type(net) is my94.Net
+    with pytest.raises(ValueError, match='does not fit the network of airbench94_muon.py'):
+        airbench.load_net(file, script=airbench94_muon)
+
+
+def test_device_and_dtype_of_a_loaded_network(tmp_path):
+    h = airbench94.hyp | dict(widths=(8, 8, 8))
+    net = airbench94.Net(h, dtype=torch.float16).eval()
+    airbench94.init_whitening(net, torch.randn(20, 3, 32, 32))
+    recipe = dict(script='airbench94', hyperparameters=h, dtype='float16', classes=['x'] * 10)
+    airbench94.save_net(net, tmp_path / 'net.pt', recipe)
+    images = torch.randn(4, 3, 32, 32)
+    for dtype, expected in ((None, torch.float32), (torch.float16, torch.float16)):
+        loaded = airbench.load_net(tmp_path / 'net.pt', device='cpu', dtype=dtype)
+        assert loaded.linear.weight.dtype == expected
+        assert loaded.blocks[0].norm1.bias.dtype == torch.float32
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(images), net(images), rtol=0.01, atol=0.01)
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA'):
+            airbench.load_net(tmp_path / 'net.pt', device='cuda')
+
+
+def test_a_trained_network_has_its_classes(tiny):
+    assert train(CifarLoader(tiny, batch_size=50), epochs=1, **SMALL).classes == list('0123456789')
+
+
+# Logs ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_with_the_same_log_is_refused(main, tiny):
+    command = [sys.executable, ROOT / 'airbench94.py', *FLAGS, '--data', tiny, '--runs', '500']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        while 'seed 0' not in process.stdout.readline():
+            assert process.poll() is None
+        code, out, err = main('--runs', 2, '--data', tiny)
+        assert code == 2 and out == '' and len(err.splitlines()) == 1
+        assert 'another process writes to the log log.jsonl' in err and '--log' in err
+    finally:
+        process.kill()
+        process.communicate()
+    done = len(logged_seeds())
+    assert main('--runs', done + 1)[0] == 0 and logged_seeds() == list(range(done + 1))
+
+
+def test_a_log_that_holds_a_seed_twice_is_refused(main):
+    assert main()[0] == 0
+    lines = Path('log.jsonl').read_text().splitlines()
+    Path('log.jsonl').write_text('\n'.join([*lines, lines[-1]]) + '\n')
+    code, out, err = main('--runs', 2)
+    assert code == 2 and out == '' and 'log.jsonl holds a seed twice' in err
+
+
+def test_the_compute_of_a_diverged_run_is_what_ran(main, monkeypatch):
+    assert main('--epochs', 3, '--scaling_factor', 1e90)[0] == 0
+    run = json.loads(Path('log.jsonl').read_text().splitlines()[-1])
+    assert run['diverged'] and run['steps'] == [1]
+    h = airbench94.hyp | dict(widths=(8, 8, 8), batch_size=100)
+    assert run['pflops'] == airbench94.count_pflops(h, 1, 0)
+    # The crops of airbench94_muon.py grow with the schedule, not with what ran of it.
+    hyp = airbench94_muon.hyp
+    crops = airbench94_muon.count_pflops(hyp | dict(crops=((24, 1.0),)), 10, 0)
+    assert airbench94_muon.count_pflops(hyp, 10, 0, total_steps=100) == crops
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def spoil(loader, name, change):
+    setattr(loader, name, change(getattr(loader, name)))
+
+
+@pytest.mark.parametrize('which', ['train_loader', 'test_loader'])
+@pytest.mark.parametrize('name, change, message', [
+    ('images', lambda images: images[..., :28, :28], r'float \(N, 3, 32, 32\) .*28, 28'),
+    ('images', lambda images: images.mul(255), r'0 to 1, as by / 255, not from \d+ to 2\d\d'),
+    ('images', lambda images: images - 0.5, 'from 0 to 1, as by / 255, not from -0.5'),
+    ('images', lambda images: images * float('nan'), 'from 0 to 1, as by / 255, not from nan'),
+    ('images', lambda images: images.mul(255).byte(), 'as by / 255, not torch.uint8'),
+    ('images', lambda images: images[:90], 'a label for each of the 90 images'),
+    ('labels', lambda labels: labels[:90], r'a label for each of the \d+ images, not \(90,\)'),
+    ('labels', lambda labels: labels[:, None], 'a label for each of the'),
+    ('labels', lambda labels: labels - 1, 'labels must be from 0 to 9'),
+    ('labels', lambda labels: labels + 90, 'labels must be from 0 to 9'),
+    ('batch_size', lambda size: 0, 'no batch of 0'),
+])  # fmt: skip
+def test_data_are_checked_before_training(tiny, monkeypatch, which, name, change, message):
+    monkeypatch.setattr(airbench94, 'Net', None)
+    loaders = dict(
+        train_loader=CifarLoader(tiny, batch_size=50), test_loader=CifarLoader(tiny, train=False)
+    )
+    spoil(loaders[which], name, change)
+    with pytest.raises(ValueError, match=message):
+        train(**loaders, epochs=1, **SMALL)
+
+
+def test_a_test_set_of_more_classes_is_refused(main, tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / 'data')
+    data = torch.load(tmp_path / 'data' / 'train.pt')
+    mask = data['labels'] < 9
+    less = dict(images=data['images'][mask], labels=data['labels'][mask], classes=list('012345678'))
+    torch.save(less, tmp_path / 'data' / 'train.pt')
+    code, out, err = main('--data', tmp_path / 'data', '--batch_size', 50)
+    assert code == 2 and out == '' and 'test_loader.labels must be from 0 to 8' in err
+    assert len(err.splitlines()) == 1 and not Path('log.jsonl').exists()
+
+
+@pytest.mark.parametrize('loader, name', [('cifar10', 'str'), (['x'], 'list'), (
+    torch.utils.data.DataLoader([1]), 'DataLoader')])  # fmt: skip
+def test_what_is_no_loader(loader, name, tiny):
+    with pytest.raises(TypeError, match=f'train_loader must be a CifarLoader.*not {name}'):
+        train(loader)
+    with pytest.raises(TypeError, match=f'test_loader must be a CifarLoader.*not {name}'):
+        train(CifarLoader(tiny, batch_size=50), loader)
+
+
+def test_folders_by_a_tilde_and_files_for_folders(main, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    shutil.copytree(tiny, tmp_path / 'data')
+    code, out, err = main('--data', '~/data', '--save', '~/nets', '--log', '~/other.jsonl')
+    assert code == 0 and (tmp_path / 'other.jsonl').exists() and (tmp_path / 'nets').is_dir(), err
+    assert not Path('~').exists()
+    code, out, err = main('--data', tmp_path / 'data' / 'train.pt')
+    assert code == 2 and 'train.pt is a file: name the folder' in err
+    (tmp_path / 'data' / 'test.pt').unlink()
+    code, out, err = main('--data', tmp_path / 'data')
+    assert code == 2 and 'there is no' in err and 'test.pt' in err and 'mend' not in err
+
+
+def test_flags_and_keywords_of_another_kind_are_as_good(main, tiny):
+    numpy = pytest.importorskip('numpy')
+    assert main('--batch-size', 50, '--whiten-bias-epochs', 1)[0] == 0
+    header = json.loads(Path('log.jsonl').read_text().splitlines()[0])
+    h = header['hyperparameters']
+    assert (h['batch_size'], h['whiten_bias_epochs']) == (50, 1)
+    options = dict(dtype='float32', epochs=numpy.float64(1), batch_size=numpy.int64(50))
+    loader = CifarLoader(tiny, batch_size=10)
+    net = train(loader, widths=[numpy.int64(8)] * 3, verbose=False, **options)
+    assert net.linear.weight.dtype == torch.float32
+
+
+# A forker's mistakes, threads ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('at', ['warmup', 'train'])
+def test_a_fault_of_the_program_shows_its_traceback(main, monkeypatch, at):
+    def fail(*args, **options):
+        raise RuntimeError('shapes cannot be multiplied')
+
+    monkeypatch.setattr(airbench94, at, fail)
+    with pytest.raises(RuntimeError, match='shapes'):
+        main()
+
+
+def test_a_second_compiled_training_at_once_is_refused(tiny, monkeypatch):
+    """In a thread beside the first, which waits for the outcome."""
+    loader = airbench94_compiled.CifarLoader(tiny, batch_size=50)
+    outcome = []
+
+    def second():
+        try:
+            airbench94_compiled.train(loader, epochs=1, **SMALL)
+        except RuntimeError as error:
+            outcome.append(str(error))
+
+    def first_needs_an_optimizer(net, h):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(airbench94_compiled, 'make_optimizer', first_needs_an_optimizer)
+    for _ in range(2):  # the first, though it failed, does not lock out the next
+        with pytest.raises(KeyboardInterrupt):
+            airbench94_compiled.train(loader, epochs=1, **SMALL)
+    assert len(outcome) == 2 and 'one compiled network' in outcome[0]
+
+
+def test_infer_of_airbench94_muon(tiny):
+    assert airbench.infer94_muon is airbench94_muon.infer
+    assert airbench.evaluate94_muon is airbench94_muon.evaluate
+    rows = []
+    loader = airbench.CifarLoader(tiny, batch_size=50)
+    net = airbench.train94_muon(
+        loader, epochs=1, callback=lambda net, row: rows.append(row), **SMALL
+    )
+    test_loader = airbench.CifarLoader(tiny, train=False)
+    assert airbench.evaluate94_muon(net, test_loader, 2) == rows[-1]['tta_val_acc']

@@ -1,0 +1,140 @@
+"""What a platform may lack: Windows, macOS, a notebook; and being stopped while importing."""
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, write_split
+
+SCRIPTS = ('airbench94', 'airbench94_muon', 'airbench95', 'airbench96')
+SMALL = ['--widths', '(8, 8, 8)', '--batch_size', '100', '--epochs', '1']
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tiny')
+    write_split(folder / 'train.pt', 110, seed=0)
+    write_split(folder / 'test.pt', 96, seed=1)
+    return folder
+
+
+@pytest.fixture
+def main(monkeypatch, capsys, tmp_path, tiny):
+    """The command line in this process: a function that returns the exit code and the output."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *arguments):
+        module = importlib.import_module(script)
+        words = [f'{script}.py', '--data', str(tiny), *SMALL, *map(str, arguments)]
+        monkeypatch.setattr(sys, 'argv', words)
+        code = module.main()
+        return code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Takes away what Python has only elsewhere. Returns the locks that were asked for."""
+    kept = {'SIGABRT', 'SIGFPE', 'SIGILL', 'SIGINT', 'SIGSEGV', 'SIGTERM'}
+    for name in dir(signal):
+        if name.startswith('SIG') and not name.startswith('SIG_') and name not in kept:
+            monkeypatch.delattr(signal, name)
+    for name in ('fork', 'getuid', 'getpgid', 'killpg', 'setsid', 'mkfifo', 'sched_getaffinity'):
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ('fcntl', 'pwd', 'grp', 'resource'):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr('platform.libc_ver', lambda: ('', ''))
+    monkeypatch.setattr('platform.machine', lambda: 'AMD64')
+    locks = []
+    msvcrt = SimpleNamespace(LK_NBLCK=2, locking=lambda *args: locks.append(args))
+    monkeypatch.setitem(sys.modules, 'msvcrt', msvcrt)
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    return locks
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_windows(main, windows, script, tmp_path):
+    code, out, err = main(script, '--runs', 2, '--log', 'log.jsonl', '--save', 'nets')
+    assert (code, err) == (0, '') and 'n 2' in out and len(windows) == 1
+    assert windows[0][1:] == (2, 1) and (tmp_path / 'log.jsonl').read_bytes().count(b'\n') == 3
+
+
+def test_compiling_on_windows_says_what_is_missing(main, windows, monkeypatch):
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    code, out, err = main('airbench94_compiled', '--log', 'log.jsonl')
+    assert code == 2 and out == '' and len(err.splitlines()) == 1
+    assert 'no cl:' in err and 'airbench94.py' in err
+
+
+def test_compiling_for_cuda_without_triton(monkeypatch):
+    import airbench94_compiled
+
+    monkeypatch.setattr(shutil, 'which', lambda name: name)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    airbench94_compiled.set_up_process(torch.device('meta'))
+    with pytest.raises(OSError, match='Triton.*airbench94.py'):
+        airbench94_compiled.set_up_process(torch.device('cuda'))
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_macos_without_float64_and_bfloat16(main, script, monkeypatch):
+    """As MPS, as far as a CPU can show: a tensor of these dtypes is an error."""
+
+    def without(function):
+        def checked(*args, **options):
+            result = function(*args, **options)
+            assert not isinstance(result, torch.Tensor) or result.dtype not in (
+                torch.float64,
+                torch.bfloat16,
+            )
+            return result
+
+        return checked
+
+    for name in ('tensor', 'empty', 'zeros', 'rand', 'randint', 'randperm', 'arange', 'cat'):
+        monkeypatch.setattr(torch, name, without(getattr(torch, name)))
+    for name in ('to', 'double', 'bfloat16'):
+        monkeypatch.setattr(torch.Tensor, name, without(getattr(torch.Tensor, name)))
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', dict, raising=False)
+    monkeypatch.setattr(sys, 'platform', 'darwin')
+    code, out, err = main(script, '--log', 'log.jsonl')
+    assert (code, err) == (0, '') and 'float32 on CPU (' in out
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS, 'airbench94_compiled'])
+def test_a_script_pasted_into_a_notebook(script, tiny):
+    """Its last two lines left out; there is no __file__."""
+    before = signal.getsignal(signal.SIGINT)
+    *lines, condition, call = (ROOT / f'{script}.py').read_text().splitlines()
+    assert condition == "if __name__ == '__main__':" and call == '    sys.exit(main())'
+    cell = {'__name__': '__main__'}
+    exec(compile('\n'.join(lines), 'cell', 'exec'), cell)
+    loader = cell['CifarLoader'](str(tiny), batch_size=50, aug=cell['hyp']['aug'], device='cpu')
+    net = cell['train'](loader, epochs=1, widths=(8, 8, 8), dtype='float32', verbose=False)
+    assert cell['infer'](net, loader).shape == (110, 10)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_importing_is_quiet(tmp_path):
+    """In place of PyTorch there is a module that is interrupted as it is imported."""
+    (tmp_path / 'torch').mkdir()
+    stop = 'import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n'
+    (tmp_path / 'torch' / '__init__.py').write_text(stop)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'airbench94.py'],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(tmp_path)),
+        timeout=50,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, '', '')
