@@ -21,18 +21,22 @@ import argparse
 import ast
 import copy
 import ctypes
+import functools
 import hashlib
+import importlib.util
 import json
 import math
 import numbers
 import os
 import platform
+import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 START_TIME = time.perf_counter()  # importing PyTorch takes seconds
@@ -41,6 +45,7 @@ try:
     import torch
     import torch.nn.functional as F
     from torch import nn
+    from torch.optim.lr_scheduler import LambdaLR
 except KeyboardInterrupt:
     sys.exit(130)
 
@@ -70,6 +75,7 @@ hyp = dict(
     widths=(72, 288, 384),   # channels of the three blocks
     bn_momentum=0.4,         # the weight of the new batch in BatchNorm's running averages
     scaling_factor=1 / 9,    # of the logits
+    compile=None,            # by torch.compile; None: on CUDA from the command line
     tta_level=2,             # 0: the image, 1: and its mirror, 2: see infer
 )
 
@@ -351,8 +357,10 @@ class Net(nn.Module):
         with autocast:
             x = F.gelu(self.whiten(x))
             x = self.blocks(x)
-            x = x.amax((2, 3))  # the maximum over all positions, whatever the size of the crops
-            logits = self.linear(x)
+            # The maximum over all positions, whatever the size of the crops. It is not amax, whose
+            # gradient torch.compile can lose in float16 (PyTorch's issue 186799).
+            x = F.max_pool2d(x, x.shape[-2:])
+            logits = self.linear(x.flatten(1))
         # In float32, as the sum of a batch's losses can exceed what float16 holds.
         return logits.float() * self.scaling_factor
 
@@ -405,6 +413,15 @@ def orthogonalize(matrix):
     return x
 
 
+def orthogonalize_filters(weight, dtype):
+    """A matrix, or filters as a matrix with a row for each, made orthogonal in this dtype."""
+    if weight.ndim == 2:
+        return orthogonalize(weight.to(dtype))
+    # In the order of channels_last, in which they lie in memory, so that nothing is copied.
+    moved = weight.movedim(1, -1)
+    return orthogonalize(moved.to(dtype).flatten(1)).view(moved.shape).movedim(-1, 1)
+
+
 class Muon(torch.optim.Optimizer):
     """
     SGD with Nesterov momentum, whose steps are made orthogonal (K. Jordan, 2024).
@@ -438,13 +455,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(buffers, grads)
             updates = torch._foreach_add(grads, buffers, alpha=group['momentum'])
             for update in updates:
-                matrix = update.to(group['dtype'], memory_format=torch.contiguous_format).flatten(1)
-                update.copy_(orthogonalize(matrix).view_as(update))
+                update.copy_(orthogonalize_filters(update, group['dtype']))
             if group['normalize']:
                 norms = torch._foreach_norm(weights)
                 torch._foreach_div_(norms, [len(p)**0.5 for p in weights])
                 torch._foreach_div_(weights, norms)
-            torch._foreach_add_(weights, updates, alpha=-group['lr'])
+            torch._foreach_mul_(updates, group['lr'])  # a number, or a tensor on the device
+            torch._foreach_sub_(weights, updates)
 
 
 def make_optimizer(net, h):
@@ -575,8 +592,212 @@ def evaluate(net, loader, tta_level=0):
     return (predictions == loader.labels).sum().item() / len(loader.labels)
 
 
+# ------------------------------------------- Compiling --------------------------------------------
+
+def image_sizes(h):
+    return sorted({32} | {size for size, _ in h['crops']})
+
+
+@functools.cache
+def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype):
+    """
+    The one compiled network of this kind in the process. Each run replaces its weights.
+
+    On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
+    there in training than PyTorch's own.
+    """
+    # A size of the images, with the whitening bias trained or frozen, and a size of the batch in
+    # evaluation: each is compiled on its own. The limit is for all networks of the process.
+    torch._dynamo.config.cache_size_limit = 64
+    h = dict(widths=widths, bn_momentum=bn_momentum, scaling_factor=scaling_factor)
+    net = Net(h, num_classes, device, dtype)
+    eager = net.forward
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+
+    def forward(images):
+        # One dtype and one layout, lest each be compiled on its own.
+        images = images.to(net.whiten.weight.dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        if device.type == 'cpu' and net.training:
+            return eager(images)
+        return compiled(images)
+
+    net.forward = forward
+    return net
+
+
+class CapturedStep:
+    """
+    A step of training as one launch, so that a GPU never waits for the host.
+
+    The kernels of the forward pass, the loss, the backward pass and the optimizers are recorded as
+    a CUDA graph, once for each kind of step: a size of the images, with the whitening bias trained
+    or frozen. A replay works on the memory of the recording. So weights, momenta and lr stay where
+    they are, and each run sets them anew. What is a plain number, as momentum and weight decay
+    are, is part of the recording. On a CPU a step is run as it is.
+
+    net: of compiled_net.
+    h: hyperparameters.
+    """
+
+    def __init__(self, net, h):
+        net.whiten.bias.requires_grad_(True)  # also in make_optimizer, which may ask for it
+        self.net = net
+        self.label_smoothing = h['label_smoothing']
+        self.optimizer = make_optimizer(net, h)
+        made = self.optimizer
+        self.optimizers = made if isinstance(made, list) else [made]
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.peaks = [group['lr'] for group in self.groups]
+        for group in self.groups:
+            group['lr'] = torch.tensor(group['lr'], device=net.linear.weight.device)
+        self.is_recorded = net.linear.weight.is_cuda
+        self.recordings = {}
+
+    def momenta(self):
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+
+    @torch.no_grad()
+    def start_run(self, state_dict):
+        """Sets the weights of a network that is trained from here on, and all momenta to 0."""
+        self.net.load_state_dict(state_dict)
+        self.net.train()
+        for momentum in self.momenta():
+            momentum.zero_()
+
+    def __call__(self, inputs, labels, factor):
+        """
+        Returns the loss, summed over the batch, and the logits. The next call overwrites them.
+
+        factor: of the lr that make_optimizer has given.
+        """
+        for group, peak in zip(self.groups, self.peaks, strict=True):
+            group['lr'].fill_(peak * factor)
+        kind = inputs.shape, self.net.whiten.bias.requires_grad
+        if kind not in self.recordings:
+            self.recordings[kind] = self.record(inputs, labels)
+        static_inputs, static_labels, replay = self.recordings[kind]
+        static_inputs.copy_(inputs)
+        static_labels.copy_(labels)
+        return replay()
+
+    def record(self, inputs, labels):
+        """Returns the memory for inputs and labels, and a function that replays a step on them."""
+        static_inputs = inputs.clone()
+        static_labels = labels.clone()
+
+        def step():
+            return train_step(self.net, self.optimizer, static_inputs, static_labels,
+                              self.label_smoothing)
+
+        if not self.is_recorded:
+            return static_inputs, static_labels, step
+
+        # What only the first steps do, to compile, to choose kernels, to make momenta, must not be
+        # part of the recording. So two steps come first, on the stream of the recording, and what
+        # they change is put back (PyTorch's notes on CUDA semantics, "Whole-network capture").
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), self.changes_put_back():
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.net.zero_grad()  # gradients get their memory from the recording
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = step()
+
+        def replay():
+            graph.replay()
+            return outputs
+
+        return static_inputs, static_labels, replay
+
+    @contextmanager
+    def changes_put_back(self):
+        """Afterwards weights, BatchNorm's averages and momenta are what they were before."""
+        state = [*self.net.parameters(), *self.net.buffers()]
+        before = {tensor: tensor.detach().clone() for tensor in [*state, *self.momenta()]}
+        yield
+        with torch.no_grad():
+            for tensor in [*state, *self.momenta()]:
+                if tensor in before:
+                    tensor.copy_(before[tensor])
+                else:
+                    tensor.zero_()  # a momentum that is new
+
+
+# The hyperparameters that a step does not depend on.
+SCHEDULE = ('epochs', 'lr_start', 'lr_peak', 'lr_end', 'whiten_bias_epochs', 'lookahead',
+            'lookahead_every', 'lookahead_decay', 'lookahead_power', 'aug', 'altflip', 'crops',
+            'tta_level')
+captured_steps = {}  # the latest of the process, by what it depends on
+
+
+def captured_step(h, num_classes, device, dtype):
+    """The CapturedStep of these hyperparameters. It is made anew if the last were others."""
+    of_step = {key: value for key, value in h.items() if key not in SCHEDULE}
+    key = repr((of_step, num_classes, device, dtype))
+    if key not in captured_steps:
+        captured_steps.clear()
+        net = compiled_net(tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], num_classes,
+                           device, dtype)
+        captured_steps[key] = CapturedStep(net, h)
+    return captured_steps[key]
+
+
+def compile_all_steps(loader, overrides, device, dtype):
+    """Runs each kind of step once. The arguments are those of train."""
+    h = merge(overrides | dict(batch_size=overrides.get('batch_size', loader.batch_size)))
+    dtype = dtype or default_dtype(device)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    captured = captured_step(h, len(loader.classes), device, dtype)
+    captured.net.train()
+    inputs = loader.normalize(loader.images[:h['batch_size']]).to(device)
+    inputs = inputs.to(captured.net.whiten.weight.dtype)
+    labels = loader.labels[:h['batch_size']].to(device)
+    for size in image_sizes(h):
+        # First with the bias trained: if the network was compiled with it frozen before, PyTorch
+        # 2.6 takes that for both, and the bias gets no gradient.
+        for is_trained in (True, False):
+            captured.net.whiten.bias.requires_grad_(is_trained)
+            captured(inputs[..., :size, :size], labels, factor=0.0)
+
+
+def one_at_a_time(train):
+    """Raises RuntimeError for a second compiled training, in a thread beside the first."""
+    lock = threading.Lock()
+
+    @functools.wraps(train)
+    def guarded(*args, **options):
+        if not options.get('compile', hyp['compile']):
+            return train(*args, **options)
+        if not lock.acquire(blocking=False):
+            raise RuntimeError('the process has one compiled network, and it is in training: '
+                               'use processes, or compile=False')
+        try:
+            return train(*args, **options)
+        finally:
+            lock.release()
+    return guarded
+
+
+def check_compiler(device):
+    """Raises ValueError where torch.compile would find no compiler."""
+    compilers = dict(win32='cl', darwin='clang++')
+    compiler = os.environ.get('CXX') or compilers.get(sys.platform, 'g++')
+    if not shutil.which(compiler):
+        raise ValueError(f'torch.compile needs a C++ compiler, and there is no {compiler}: install '
+                         'one, and set $CXX to its name, or use airbench94.py, which does without')
+    if device.type == 'cuda' and importlib.util.find_spec('triton') is None:
+        raise ValueError('torch.compile needs Triton on CUDA, and it is not installed: use '
+                         'airbench94.py, which does without')
+
+
 # -------------------------------------------- Training --------------------------------------------
 
+@one_at_a_time
 def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=None,
           verbose=True, callback=None, **overrides):
     """
@@ -603,7 +824,7 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
     if train_loader is None:
         train_loader = CifarLoader(batch_size=h['batch_size'], aug=h['aug'],
                                    altflip=h['altflip'], device=device)
-    check_data(train_loader, test_loader)
+    check_loaders(train_loader, test_loader)
     loader = copy.copy(train_loader)
     loader.epoch = 0
     loader.flip_mask = None
@@ -611,27 +832,34 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
         if key in overrides:
             setattr(loader, key, overrides[key])
         h[key] = getattr(loader, key)
-    loader.check()  # the batch size and the augmentation are those of this training now
+    check_data(loader, test_loader)
     # With its number: cuda becomes the current one, as cuda:0.
     device = torch.empty(0, device=device or loader.images.device).device
     evaluates = verbose or callback is not None
     if evaluates and test_loader is None:
         test_loader = CifarLoader(loader.path, train=False, device=device)
-    if seed is not None:
-        torch.manual_seed(seed)
-
     if dtype is None:
         dtype = default_dtype(device)
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    net = Net(h, len(loader.classes), device, dtype)
-    net.classes = loader.classes
-    optimizers = make_optimizer(net, h)
+
+    if h['compile']:
+        captured = captured_step(h, len(loader.classes), device, dtype)
+    if seed is not None:
+        torch.manual_seed(seed)
     total_steps = math.ceil(h['epochs'] * len(loader))
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, h))
-        for optimizer in optimizers
-    ]
+    own_net = Net(h, len(loader.classes), device, dtype)
+    own_net.classes = loader.classes
+    if h['compile']:
+        captured.start_run(own_net.state_dict())
+        net = captured.net
+    else:
+        net = own_net
+        optimizers = make_optimizer(net, h)
+        schedulers = [
+            LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, h))
+            for optimizer in optimizers
+        ]
     loader.images = loader.images.to(device, net.whiten.weight.dtype)
     loader.labels = loader.labels.to(device)
     loader.mean = loader.mean.to(device)
@@ -659,10 +887,15 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
         net.train()
         net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
         for inputs, labels in loader:
-            inputs = batch_crop(inputs, image_size(step, total_steps, h))
-            loss, logits = train_step(net, optimizers, inputs, labels, h['label_smoothing'])
-            for scheduler in schedulers:
-                scheduler.step()
+            size = image_size(step, total_steps, h)
+            if size < 32:
+                inputs = batch_crop(inputs, size)
+            if h['compile']:
+                loss, logits = captured(inputs, labels, lr_factor(step, total_steps, h))
+            else:
+                loss, logits = train_step(net, optimizers, inputs, labels, h['label_smoothing'])
+                for scheduler in schedulers:
+                    scheduler.step()
             step += 1
             if step == total_steps:
                 break
@@ -690,12 +923,14 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
         tta_val_acc = evaluate(net, test_loader, h['tta_level'])
         seconds += synchronized_time(device) - start
         report(dict(epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step))
-    return net.eval()
+    own_net.load_state_dict(net.state_dict())
+    return own_net.eval()
 
 
 def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **overrides):
     """
-    Sets the process up and, on a GPU, trains for a moment. To be called once, before the timing.
+    Sets the process up, compiles and, on a GPU, trains for a moment. To be called once, before the
+    timing.
 
     On a GPU the first use of each kernel is slow. The arguments are those of train.
     """
@@ -703,7 +938,8 @@ def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **ov
         device = DEVICE if train_loader is None else train_loader.images.device
     device = torch.device(device)
     set_up_process(device)
-    if device.type == 'cpu':
+    h = merge(overrides)
+    if device.type == 'cpu' and not h['compile']:
         return
     if train_loader is None:
         train_loader = CifarLoader(batch_size=hyp['batch_size'], aug=hyp['aug'], device=device)
@@ -711,10 +947,17 @@ def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **ov
     n = 3 * overrides.get('batch_size', loader.batch_size)
     loader.images = loader.images[:n]
     loader.labels = loader.labels[:n]
-    # An epoch with the bias trained, an epoch with it frozen, and an lr that is safe.
-    overrides |= dict(epochs=2, whiten_bias_epochs=1, lr=1e-3)
-    train(loader, test_loader, device=device, dtype=dtype, verbose=False,
-          callback=lambda net, row: None, **overrides)
+    if test_loader is None:
+        test_loader = CifarLoader(train_loader.path, train=False, device=device)
+    # An epoch with the bias trained, an epoch with it frozen.
+    overrides |= dict(epochs=2, whiten_bias_epochs=1)
+    if h['compile']:
+        compile_all_steps(loader, overrides, device, dtype)  # which keeps the lr of its first call
+    else:
+        overrides |= dict(lr=1e-3)  # an lr that is safe
+    with suppress(FloatingPointError):
+        train(loader, test_loader, device=device, dtype=dtype, verbose=False,
+              callback=lambda net, row: None, **overrides)
 
 
 # -------------------------------------------- Harness ---------------------------------------------
@@ -757,6 +1000,7 @@ def merge(overrides):
     require('aug', 'a dict, as {"flip": True}', isinstance(h['aug'], dict))
     require('altflip', 'True or False', h['altflip'] in (True, False))
     require('tta_level', '0, 1 or 2', h['tta_level'] in (0, 1, 2))
+    require('compile', 'True, False or None', h['compile'] in (True, False, None))
     require('crops', 'pairs of pixels, 17 to 32, and a share of the steps, as ((24, 0.4),)',
             isinstance(h['crops'], (tuple, list))
             and all(isinstance(crop, (tuple, list)) and len(crop) == 2 and is_number(crop[1])
@@ -764,15 +1008,20 @@ def merge(overrides):
     return h
 
 
+def check_loaders(train_loader, test_loader):
+    """Raises TypeError for what is no loader. It may be that of another script."""
+    for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
+        if loader is not None and not hasattr(loader, 'normalize'):
+            raise TypeError(f'{name} must be a CifarLoader, as CifarLoader("cifar10") is, not '
+                            f'{type(loader).__name__}')
+
+
 def check_data(train_loader, test_loader):
-    """Raises TypeError or ValueError for data that would fail later, or train to no purpose."""
-    num_classes = len(getattr(train_loader, 'classes', ()))
+    """Raises ValueError for data that would fail later, or train to no purpose."""
+    num_classes = len(train_loader.classes)
     for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
         if loader is None:
             continue
-        if not hasattr(loader, 'normalize'):
-            raise TypeError(f'{name} must be a CifarLoader, as CifarLoader("cifar10") is, not '
-                            f'{type(loader).__name__}')
         loader.check()
         lowest, highest = loader.images.aminmax()
         if not 0 <= lowest <= highest <= 1:
@@ -1083,6 +1332,11 @@ def parse_arguments():
             flags.append(f'--{key.replace("_", "-")}')
         add(*flags, type=value, default=default, metavar='X', help='(default: %(default)s)')
     args = parser.parse_args()
+    if args.compile is None:
+        has_triton = importlib.util.find_spec('triton') is not None
+        args.compile = True if args.device.type == 'cuda' and has_triton else None
+    if args.compile:
+        check_compiler(args.device)
     args.h = merge({key: getattr(args, key) for key in hyp})
     if args.runs is None:
         args.runs = 25 if args.device.type == 'cuda' else 1

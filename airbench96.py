@@ -33,6 +33,7 @@ try:
     import torch
     import torch.nn.functional as F
     from torch import nn
+    from torch.optim.lr_scheduler import LambdaLR
 except KeyboardInterrupt:
     sys.exit(130)
 
@@ -518,7 +519,7 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
     if train_loader is None:
         train_loader = CifarLoader(batch_size=h['batch_size'], aug=h['aug'],
                                    altflip=h['altflip'], device=device)
-    check_data(train_loader, test_loader)
+    check_loaders(train_loader, test_loader)
     loader = copy.copy(train_loader)
     loader.epoch = 0
     loader.flip_mask = None
@@ -526,25 +527,24 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
         if key in overrides:
             setattr(loader, key, overrides[key])
         h[key] = getattr(loader, key)
-    loader.check()  # the batch size and the augmentation are those of this training now
+    check_data(loader, test_loader)
     # With its number: cuda becomes the current one, as cuda:0.
     device = torch.empty(0, device=device or loader.images.device).device
     evaluates = verbose or callback is not None
     if evaluates and test_loader is None:
         test_loader = CifarLoader(loader.path, train=False, device=device)
-    if seed is not None:
-        torch.manual_seed(seed)
-
     if dtype is None:
         dtype = default_dtype(device)
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype)
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    total_steps = math.ceil(h['epochs'] * len(loader))
     net = Net(h, len(loader.classes), device, dtype)
     net.classes = loader.classes
     optimizer = make_optimizer(net, h)
-    total_steps = math.ceil(h['epochs'] * len(loader))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total_steps, h))
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, h))
     loader.images = loader.images.to(device, net.whiten.weight.dtype)
     loader.labels = loader.labels.to(device)
     loader.mean = loader.mean.to(device)
@@ -682,15 +682,20 @@ def merge(overrides):
     return h
 
 
+def check_loaders(train_loader, test_loader):
+    """Raises TypeError for what is no loader. It may be that of another script."""
+    for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
+        if loader is not None and not hasattr(loader, 'normalize'):
+            raise TypeError(f'{name} must be a CifarLoader, as CifarLoader("cifar10") is, not '
+                            f'{type(loader).__name__}')
+
+
 def check_data(train_loader, test_loader):
-    """Raises TypeError or ValueError for data that would fail later, or train to no purpose."""
-    num_classes = len(getattr(train_loader, 'classes', ()))
+    """Raises ValueError for data that would fail later, or train to no purpose."""
+    num_classes = len(train_loader.classes)
     for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
         if loader is None:
             continue
-        if not hasattr(loader, 'normalize'):
-            raise TypeError(f'{name} must be a CifarLoader, as CifarLoader("cifar10") is, not '
-                            f'{type(loader).__name__}')
         loader.check()
         lowest, highest = loader.images.aminmax()
         if not 0 <= lowest <= highest <= 1:

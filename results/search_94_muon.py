@@ -287,8 +287,8 @@ def batches(h, flip_mask, order, size, how, batch_size):
             crops = x.unfold(2, size, 1).unfold(3, size, 1)
             rows, columns = torch.randint(crops.size(2), (2, len(idx)), device=DEVICE)
             x = crops[torch.arange(len(idx), device=DEVICE), :, rows, columns]
-        if how == 'area':
-            x = F.interpolate(x, size=size, mode='area')
+        if how in ('area', 'bilinear'):
+            x = F.interpolate(x, size=size, mode=how)
         if h.contrast or h.brightness:
             x = x * (1 + h.contrast * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1))
             x = x + h.brightness * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1)

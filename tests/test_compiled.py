@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import airbench94
 import airbench94_compiled
-from airbench94_compiled import compiled_net, train, warmup
+from airbench94_compiled import captured_step, compiled_net, train, warmup
 
 SMALL = dict(widths=(8, 8, 8), dtype=torch.float32)
 
@@ -148,13 +148,13 @@ def test_one_compiled_network_however_the_device_is_named(tiny, monkeypatch):
     """As cuda and cuda:0, or cpu and cpu:0, which are unequal too."""
     devices, nets = [], set()
 
-    def recorded(widths, bn_momentum, scaling_factor, num_classes, device, dtype):
-        net = compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype)
+    def recorded(h, num_classes, device, dtype):
+        captured = captured_step(h, num_classes, device, dtype)
         devices.append(device)
-        nets.add(net)
-        return net
+        nets.add(captured.net)
+        return captured
 
-    monkeypatch.setattr(airbench94_compiled, 'compiled_net', recorded)
+    monkeypatch.setattr(airbench94_compiled, 'captured_step', recorded)
     assert torch.device('cpu:0') != torch.device('cpu')
     for device in (None, 'cpu', 'cpu:0', torch.device('cpu'), torch.device('cpu:0')):
         train(loader(tiny), epochs=1 / 11, device=device, verbose=False, **SMALL)

@@ -229,6 +229,15 @@ def test_data_are_checked_before_training(tiny, monkeypatch, which, name, change
         train(**loaders, epochs=1, **SMALL)
 
 
+def test_a_loader_is_checked_with_the_keywords_of_train(tiny):
+    """Its own batch size may be more than it has images."""
+    loader = CifarLoader(tiny, batch_size=100)
+    loader.images, loader.labels = loader.images[:60], loader.labels[:60]
+    with pytest.raises(ValueError, match='no batch of 100 from 60 images'):
+        train(loader, epochs=1, **SMALL)
+    train(loader, epochs=1, batch_size=20, **SMALL)
+
+
 def test_a_test_set_of_more_classes_is_refused(main, tmp_path, tiny):
     shutil.copytree(tiny, tmp_path / 'data')
     data = torch.load(tmp_path / 'data' / 'train.pt')

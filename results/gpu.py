@@ -1,0 +1,262 @@
+"""
+A quarter of an hour on a GPU: what a step waits for, and the timed series. Two calls:
+
+    python results/gpu.py bench --out DIR --seconds 400                # needs no data
+    python results/gpu.py runs --out DIR --seconds 400 --data FOLDER   # the real data
+
+Each is a list of commands, the most important first. One that would not fit into the seconds that
+are left is skipped. After each of them all output and all logs are in DIR/bench.tar or
+DIR/runs.tar. Work and compile caches are in --work, where the second call finds those of the first.
+With --only NAME just the commands whose names contain it are run; with --tiny networks and batches
+are tiny, to try the program on a CPU.
+
+A probe (python results/gpu.py probe --script airbench94_muon --variant captured) times 20 steps of
+training on random images at each size and profiles five. It prints a line of JSON.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+ROOT = Path(__file__).resolve().parent.parent
+# How a step is run. In captured-unnormalized Muon leaves the norms of the filters alone, which
+# bounds what there is to gain by scaling them in every eighth step only.
+VARIANTS = ('eager', 'compiled', 'captured', 'captured-unnormalized', 'reduce-overhead',
+            'max-autotune-no-cudagraphs')
+
+
+# ---------------------------------------------- Probe ---------------------------------------------
+
+def make_step(module, variant, h, device, dtype):
+    """The network, and a function of inputs and labels that trains it by a step."""
+    if variant == 'eager':
+        net = module.Net(h, 10, device, dtype).train()
+        optimizer = module.make_optimizer(net, h)
+        return net, lambda inputs, labels: module.train_step(net, optimizer, inputs, labels, 0.2)
+    if variant in ('reduce-overhead', 'max-autotune-no-cudagraphs'):
+        real_compile = torch.compile
+
+        def compile_in_mode(function, **options):
+            return real_compile(function, mode=variant, **options)
+
+        torch.compile = compile_in_mode
+    captured = module.captured_step(h, 10, device, dtype)
+    if variant in ('compiled', 'reduce-overhead'):
+        captured.is_recorded = False
+    if variant == 'captured-unnormalized':
+        for group in captured.groups:
+            group['normalize'] = False
+    captured.start_run(module.Net(h, 10, device, dtype).state_dict())
+    return captured.net, lambda inputs, labels: captured(inputs, labels, 1.0)
+
+
+def profile(step, inputs, labels, device, ms):
+    """Launches a step, the share of the time that the GPU works, the ten longest kernels."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == 'cuda':
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as prof:
+        for _ in range(5):
+            step(inputs, labels)
+        synchronize(device)
+    on_gpu = [e for e in prof.key_averages() if e.device_type == DeviceType.CUDA]
+    events = on_gpu if device.type == 'cuda' else prof.key_averages()
+
+    def total(event):
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    longest = sorted(events, key=total, reverse=True)[:10]
+    return dict(
+        launches=sum(event.count for event in events) / 5,
+        busy=sum(map(total, events)) / 5000 / ms,
+        kernels=[[event.key[:90], total(event) / 5000, event.count / 5] for event in longest],
+    )
+
+
+def synchronize(device):
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+def probe(args):
+    start = time.perf_counter()
+    sys.path.insert(0, str(ROOT))
+    module = importlib.import_module(args.script)
+    device = torch.device(args.device)
+    dtype = module.default_dtype(device)
+    torch.backends.cudnn.benchmark = True
+    overrides = dict(batch_size=20, widths=(8, 16, 16)) if args.tiny else {}
+    if args.widths:
+        overrides['widths'] = tuple(args.widths)
+    h = module.merge(overrides)
+    torch.manual_seed(0)
+    sizes = sorted({32} | {size for size, _ in h.get('crops', ())})
+    n = h['batch_size']
+    weight_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+    images = torch.randn(n, 3, 32, 32, device=device).to(weight_dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (n,), device=device)
+    net, step = make_step(module, args.variant, h, device, dtype)
+    module.init_whitening(net, images)
+
+    record = dict(script=args.script, variant=args.variant, widths=h['widths'], dtype=str(dtype),
+                  device=module.device_name(device), torch=torch.__version__, sizes={})
+    # 20 losses from one start on one batch, to compare variants by.
+    record['losses'] = [step(images, labels)[0].item() / n for _ in range(20)]
+    for size in sizes:
+        inputs = images[..., :size, :size]
+        for is_trained in (True, False):
+            net.whiten.bias.requires_grad_(is_trained)
+            for _ in range(3):
+                step(inputs, labels)
+        synchronize(device)
+        record['ready_seconds'] = time.perf_counter() - start
+        begin = time.perf_counter()
+        for _ in range(20):
+            step(inputs, labels)
+        host_ms = 1000 * (time.perf_counter() - begin) / 20
+        synchronize(device)
+        ms = 1000 * (time.perf_counter() - begin) / 20
+        record['sizes'][size] = dict(ms=ms, host_ms=host_ms)
+        with contextlib.suppress(Exception):  # a profile is a help, its absence no failure
+            record['sizes'][size] |= profile(step, inputs, labels, device, ms)
+    print(json.dumps(record))
+
+
+# ---------------------------------------------- Plans ---------------------------------------------
+
+def bench_plan(args):
+    """Of (name, seconds that it may take, command)."""
+    python = [sys.executable]
+    tests = ['tests/test_capture.py::test_captured_steps_on_cuda',
+             'tests/test_speed.py::test_ten_steps_on_cuda_never_wait_for_it']
+    pytest = [*python, '-m', 'pytest', '-q', '-rs', '-p', 'no:cacheprovider']
+    plan = [('tests', 120, [*pytest, *tests])]
+
+    def add(script, variant, seconds, name='', *words):
+        command = [*python, __file__, 'probe', '--script', script, '--variant', variant, *words]
+        command += ['--device', args.device, *(['--tiny'] if args.tiny else [])]
+        plan.append((f'probe_{script}_{variant}{name}', seconds, command))
+
+    add('airbench94_muon', 'captured', 120)
+    add('airbench94_muon', 'eager', 30)
+    add('airbench94_compiled', 'captured', 60)
+    add('airbench94_compiled', 'eager', 30)
+    add('airbench94_muon', 'compiled', 60)
+    for widths in ('64 256 384', '64 320 384', '96 256 384'):
+        name = '_' + widths.replace(' ', '_')
+        add('airbench94_muon', 'captured', 90, name, '--widths', *widths.split())
+    add('airbench94_muon', 'captured-unnormalized', 60)
+    add('airbench94_muon', 'reduce-overhead', 90)
+    add('airbench94_compiled', 'max-autotune-no-cudagraphs', 60)
+    return plan
+
+
+def runs_plan(args):
+    """The three scripts in turn, 13 and 12 runs; then fewer epochs, and the larger scripts."""
+    plan = []
+
+    def add(script, runs, seconds, name='', *words):
+        log = args.work / 'logs' / f'gpu_{script}{name}.jsonl'
+        command = [sys.executable, str(ROOT / f'{script}.py'), '--data', args.data, '--log',
+                   str(log), '--runs', str(runs), '--device', args.device, *words]
+        if args.tiny:
+            command += ['--widths', '(8,8,8)', '--batch_size', '20', '--epochs', '1']
+        plan.append((f'{script}{name}_{runs}', seconds, command))
+
+    small = 1 if args.tiny else 13
+    full = 2 if args.tiny else 25
+    seed = ['--seed', str(args.seed)]
+    for runs in (small, full):
+        add('airbench94_muon', runs, 130 if runs == small else 60, '', *seed)
+        add('airbench94_compiled', runs, 90 if runs == small else 50, '', *seed)
+        add('airbench94', runs, 50, '', *seed)
+    for epochs in ('14.7', '13.3'):
+        add('airbench94_muon', full, 80, f'_{epochs}', *seed, '--epochs', epochs)
+    add('airbench95', full, 160, '', *seed)
+    add('airbench96', 3, 90, '', *seed)
+    return plan
+
+
+# ----------------------------------------------- Main ---------------------------------------------
+
+def run_all(plan, args):
+    start = time.monotonic()
+    folder = args.work / 'logs'
+    folder.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, PYTHONUNBUFFERED='1',
+                       TORCHINDUCTOR_CACHE_DIR=str(args.work / 'inductor'),
+                       TRITON_CACHE_DIR=str(args.work / 'triton'))
+    for name, seconds, command in plan:
+        left = args.seconds - (time.monotonic() - start)
+        if args.only and args.only not in name:
+            continue
+        if left < seconds:
+            print(f'{name}: skipped, {left:.0f} of {seconds} seconds are left', flush=True)
+            continue
+        begin = time.monotonic()
+        with open(folder / f'{name}.out', 'w') as out:
+            try:
+                code = subprocess.run(command, cwd=ROOT, env=environment, stdout=out,
+                                      stderr=subprocess.STDOUT, timeout=left).returncode
+            except subprocess.TimeoutExpired:
+                code = 'stopped'
+        print(f'{name}: {code}, {time.monotonic() - begin:.0f} s', flush=True)
+        for line in (folder / f'{name}.out').read_text().splitlines()[-4:]:
+            print('    ' + summary_of(line), flush=True)
+        part = args.out / f'{args.stage}.part'
+        with tarfile.open(part, 'w:gz') as tar:
+            tar.add(folder, 'logs')
+        part.replace(args.out / f'{args.stage}.tar')
+
+
+def summary_of(line):
+    """A line of a command's output; of a probe's JSON the times alone."""
+    try:
+        record = json.loads(line)
+        sizes = {size: f'{of["ms"]:.2f} ms, host {of["host_ms"]:.2f}, {of.get("launches")} '
+                       f'launches, busy {of.get("busy", 0):.2f}'
+                 for size, of in record['sizes'].items()}
+        return (f'ready {record["ready_seconds"]:.0f} s, losses {record["losses"][0]:.4f} '
+                f'{record["losses"][9]:.4f} {record["losses"][-1]:.4f}, {sizes}')
+    except (ValueError, TypeError, LookupError):
+        return line[:200]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('stage', choices=('bench', 'runs', 'probe'))
+    add('--out', type=Path, default=Path('gpu_out'))
+    add('--seconds', type=float, default=400)
+    add('--data', default='../shared/cifar10')
+    add('--work', type=Path, default=Path('/tmp/airbench_gpu'))
+    add('--device', default='cuda')
+    add('--seed', type=int, default=2000)
+    add('--only', default='')
+    add('--tiny', action='store_true')
+    add('--script', default='airbench94_muon')
+    add('--variant', choices=VARIANTS, default='captured')
+    add('--widths', type=int, nargs=3)
+    args = parser.parse_args()
+    if args.stage == 'probe':
+        probe(args)
+    else:
+        run_all(bench_plan(args) if args.stage == 'bench' else runs_plan(args), args)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,285 @@
+"""Compiled and captured training, as far as a CPU can show it; on CUDA where there is one."""
+
+import contextlib
+import platform
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CUDA_ENVIRONMENT, ROOT, keep
+from torch._dynamo.utils import counters
+
+import airbench94_compiled
+import airbench94_muon
+
+MODULES = pytest.mark.parametrize('module', [airbench94_compiled, airbench94_muon],
+                                  ids=lambda module: module.__name__)  # fmt: skip
+SMALL = dict(widths=(8, 16, 16), dtype=torch.float32, verbose=False)
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch):
+    """No test finds what another has captured; and the process allocates as it did."""
+    monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
+    for module in (airbench94_compiled, airbench94_muon):
+        module.captured_steps.clear()
+        module.compiled_net.cache_clear()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile as a pass-through, for tests that are about the capture alone."""
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+
+
+def loader_of(module, tiny):
+    return module.CifarLoader(tiny, True, 100, module.hyp['aug'], device='cpu')
+
+
+def weights_of(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@MODULES
+def test_captured_training_is_the_plain_one(module, tiny, uncompiled):
+    """All kinds of step of a short training; lr as a tensor rounds a little differently."""
+    rows, other = [], []
+    options = dict(SMALL, epochs=3, whiten_bias_epochs=1, seed=3)
+    loader = loader_of(module, tiny)
+    plain = module.train(loader, compile=False, callback=keep(rows), **options)
+    captured = module.train(loader, compile=True, callback=keep(other), **options)
+    assert type(captured.forward).__name__ == 'method' and not captured.training
+    for row, same in zip(rows, other, strict=True):
+        if 'train_loss' in row:
+            assert row['train_loss'] == pytest.approx(same['train_loss'], rel=1e-3)
+    difference = (weights_of(plain) - weights_of(captured)).norm() / weights_of(plain).norm()
+    assert difference < 0.01
+    (step,) = module.captured_steps.values()
+    kinds = {(shape[-1], trained) for shape, trained in step.recordings}
+    sizes = {24: {True, False}, 28: {False}, 32: {False}}
+    expected = {(size, trained) for size in sizes for trained in sizes[size]}
+    assert kinds == (expected if module is airbench94_muon else {(32, True), (32, False)})
+
+
+@MODULES
+def test_a_run_does_not_depend_on_those_before(module, tiny, uncompiled):
+    """Nor on their lr, momentum or weight decay, which a recording holds as plain numbers."""
+    options = dict(SMALL, epochs=2, whiten_bias_epochs=1, compile=True)
+    loader = loader_of(module, tiny)
+    changed = dict(lr=module.hyp['lr'] / 2, momentum=0.5, weight_decay=0.1)
+
+    module.train(loader, seed=1, **options)
+    second = module.train(loader, seed=2, **options, **changed)
+    third = module.train(loader, seed=3, **options)
+    assert len(module.captured_steps) == 1
+    for net, seed, changes in ((second, 2, changed), (third, 3, {})):
+        module.captured_steps.clear()
+        module.compiled_net.cache_clear()
+        fresh = module.train(loader, seed=seed, **options, **changes)
+        assert torch.equal(weights_of(fresh), weights_of(net))
+
+
+class FakeGraphs:
+    """
+    torch.cuda as a recording needs it. As on CUDA, the kernels of a recording do not run in it,
+    and a replay writes to the outputs of the recording.
+    """
+
+    def __init__(self, monkeypatch, module, captured):
+        self.captured, self.real_step, self.last = captured, module.train_step, None
+        self.replays = 0
+        monkeypatch.setattr(module, 'train_step', self.train_step)
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in dict(Stream=lambda: stream, current_stream=lambda: stream,
+                                stream=lambda stream: contextlib.nullcontext(),
+                                CUDAGraph=lambda: SimpleNamespace(), graph=self.graph).items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def train_step(self, *args):
+        self.last = args, self.real_step(*args)
+        return self.last[1]
+
+    def tensors(self):
+        net = self.captured.net
+        return [*net.parameters(), *net.buffers(), *self.captured.momenta()]
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        before = [tensor.detach().clone() for tensor in self.tensors()]
+        assert all(p.grad is None for p in self.captured.net.parameters())
+        yield
+        args, outputs = self.last
+        trained = self.captured.net.whiten.bias.requires_grad
+        with torch.no_grad():
+            for tensor, old in zip(self.tensors(), before, strict=True):
+                tensor.copy_(old)
+
+        def replay():
+            self.replays += 1
+            bias = self.captured.net.whiten.bias
+            now = bias.requires_grad
+            bias.requires_grad_(trained)  # a recording does what it did
+            for output, new in zip(outputs, self.real_step(*args), strict=True):
+                output.copy_(new)
+            bias.requires_grad_(now)
+        graph.replay = replay
+
+
+@MODULES
+def test_replays_are_steps(module, tiny, uncompiled, monkeypatch):
+    """
+    The two steps before a recording and the recording itself leave nothing behind, also where a
+    kind of step comes in the midst of a training: the same losses as without a recording, in the
+    first run and in the second.
+    """
+    h = module.merge(dict(widths=(8, 16, 16), batch_size=100))
+    device, dtype = torch.device('cpu'), torch.float32
+    torch.manual_seed(0)
+    start = module.Net(h).state_dict()
+    batches = [(torch.randn(100, 3, size, size), torch.randint(10, (100,)), trained)
+               for size, trained in ((24, True), (24, True), (28, False), (24, False), (28, False),
+                                     (32, False), (24, True))]  # fmt: skip
+
+    def run(captured):
+        captured.start_run(start)
+        losses = []
+        for i, (inputs, labels, trained) in enumerate(batches):
+            captured.net.whiten.bias.requires_grad_(trained)
+            loss, logits = captured(inputs, labels, 1 - i / len(batches))
+            assert logits.shape == (100, 10)
+            losses.append(loss.item())
+        return losses, weights_of(captured.net)
+
+    if module is airbench94_compiled:  # whose head is for 32 pixels
+        batches = [(torch.randn(100, 3, 32, 32), *rest) for _, *rest in batches]
+    plain = module.captured_step(h, 10, device, dtype)
+    expected = run(plain)
+    module.captured_steps.clear()
+    captured = module.captured_step(h, 10, device, dtype)
+    captured.is_recorded = True
+    with monkeypatch.context() as patch:
+        fake = FakeGraphs(patch, module, captured)
+        for _ in range(2):
+            losses, weights = run(captured)
+            assert losses == expected[0] and torch.equal(weights, expected[1])
+        assert fake.replays == 2 * len(batches)
+    assert len(captured.recordings) == (4 if module is airbench94_muon else 2)
+
+
+def test_any_optimizer_is_captured(tiny, uncompiled, monkeypatch):
+    def make_optimizer(net, h):
+        return torch.optim.AdamW(net.parameters(), lr=0.01)
+
+    monkeypatch.setattr(airbench94_muon, 'make_optimizer', lambda net, h: [make_optimizer(net, h)])
+    options = dict(SMALL, epochs=2, compile=True)
+    loader = loader_of(airbench94_muon, tiny)
+    nets = [airbench94_muon.train(loader, seed=1, **options) for _ in range(2)]
+    assert torch.equal(*map(weights_of, nets))
+
+
+@pytest.mark.parametrize('backend, size, trained', [
+    ('inductor', 24, True),
+    ('eager', 24, False),
+    ('eager', 28, True),
+    ('eager', 32, False),
+])  # fmt: skip
+def test_gradients_of_the_compiled_network(backend, size, trained):
+    if backend == 'inductor' and not shutil.which('g++'):
+        pytest.skip('needs a C++ compiler')
+    torch.manual_seed(0)
+    h = airbench94_muon.hyp | dict(widths=(8, 16, 16))
+    net = airbench94_muon.Net(h).train()
+    airbench94_muon.init_whitening(net, torch.randn(50, 3, 32, 32))
+    net.whiten.bias.requires_grad_(trained)
+    images, labels = torch.randn(20, 3, size, size), torch.arange(20) % 10
+    grads = []
+    torch._dynamo.reset()
+    for forward in (net, torch.compile(net, backend=backend, fullgraph=True, dynamic=False)):
+        net.zero_grad()
+        F.cross_entropy(forward(images), labels, reduction='sum').backward()
+        grads.append({name: p.grad for name, p in net.named_parameters() if p.requires_grad})
+    assert ('whiten.bias' in grads[0]) == trained
+    for name, grad in grads[0].items():
+        assert grad.norm() > 0
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-4)
+
+
+@MODULES
+def test_nothing_is_compiled_after_the_warm_up(module, tiny, monkeypatch):
+    """All calls go through torch.compile, as on CUDA, though on to no compiler."""
+    real_compile, real_net = torch.compile, module.Net
+
+    def compiled(*args, **options):
+        net = real_net(*args, **options)
+        net.forward = real_compile(net.forward, backend='eager', dynamic=False, fullgraph=True)
+        return net
+
+    torch._dynamo.reset()
+    loader, test_loader = loader_of(module, tiny), module.CifarLoader(tiny, False, device='cpu')
+    options = dict(SMALL, compile=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'compile', lambda function, **options: function)
+        patch.setattr(module, 'Net', compiled)
+        start = counters['stats']['unique_graphs']
+        module.warmup(loader, test_loader, **{key: value for key, value in options.items()
+                                              if key != 'verbose'})  # fmt: skip
+        before = counters['stats']['unique_graphs']
+        assert before >= start + 2
+    rows = []
+    for seed, epochs in ((0, 2), (1, 5)):
+        module.train(loader, test_loader, seed=seed, epochs=epochs, whiten_bias_epochs=1,
+                     callback=keep(rows), **options)
+    assert len(rows) == 3 + 6 and counters['stats']['unique_graphs'] == before
+    assert len(module.captured_steps) == 1
+
+
+def test_the_command_line_compiles_on_cuda_alone(monkeypatch):
+    """Where Triton is there, and not where --compile False is said."""
+    calls = []
+    monkeypatch.setattr(airbench94_muon, 'check_compiler', calls.append)
+    for device, triton, words, expected in (
+            ('cpu', True, [], None), ('cuda', True, [], True), ('cuda', False, [], None),
+            ('cuda', True, ['--compile', 'False'], False),
+            ('cpu', True, ['--compile', 'True'], True)):  # fmt: skip
+        calls.clear()
+        spec = object() if triton else None
+        monkeypatch.setattr('importlib.util.find_spec', lambda name, spec=spec: spec)
+        monkeypatch.setattr(torch, 'device', lambda text: SimpleNamespace(type=text))
+        monkeypatch.setattr(torch, 'empty', lambda *args, **options: torch.zeros(1))
+        monkeypatch.setattr(sys, 'argv', ['airbench94_muon.py', '--device', device, *words])
+        args = airbench94_muon.parse_arguments()
+        assert args.h['compile'] is expected and bool(calls) == bool(expected)
+
+
+ON_CUDA = """
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit(77)
+import airbench94_compiled, airbench94_muon
+for script in (airbench94_compiled, airbench94_muon):
+    losses = {}
+    real_step = script.train_step
+    for compile in (False, True):
+        loader = script.CifarLoader(sys.argv[1], True, 100, {}, shuffle=False, device='cuda')
+        rows = []
+        script.warmup(loader, compile=compile, widths=(16, 16, 16))
+        for seed in (0, 1):
+            script.train(loader, seed=seed, epochs=2, whiten_bias_epochs=1, widths=(16, 16, 16),
+                         verbose=False, compile=compile,
+                         callback=lambda net, row: rows.append(row.get('train_loss')))
+        losses[compile] = torch.tensor([loss for loss in rows if loss])
+    assert torch.allclose(losses[False], losses[True], rtol=0.02), losses
+    assert all(len(step.recordings) >= 2 for step in script.captured_steps.values())
+"""
+
+
+def test_captured_steps_on_cuda(tiny):
+    done = subprocess.run([sys.executable, '-c', ON_CUDA, tiny], cwd=ROOT, env=CUDA_ENVIRONMENT,
+                          capture_output=True, text=True)  # fmt: skip
+    if done.returncode == 77:
+        pytest.skip('needs CUDA')
+    assert done.returncode == 0, done.stderr
