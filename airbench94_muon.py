@@ -182,9 +182,12 @@ class CifarLoader:
     altflip: mirror in every other epoch, not at random (the paper, section 3.6).
     device: where the images are kept and the batches are made.
 
-    Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,). The attributes images,
-    float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,), can be replaced, by a subset for
-    example. Raises ValueError for what does not fit together.
+    Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
+
+    Attributes can be replaced: images, float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,),
+    by a subset for example; mean and std, three numbers each, by those of other data. For the
+    indices of a batch's images, let loader.labels = torch.arange(N), and look the labels up by
+    them. Raises ValueError for what does not fit together.
     """
 
     def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None,
@@ -200,8 +203,8 @@ class CifarLoader:
         self.images = data['images'].to(device).permute(0, 3, 1, 2).float().div_(255)
         self.labels = data['labels'].to(device)
         self.classes = data['classes']
-        self.mean = torch.tensor(CIFAR_MEAN, device=device).view(3, 1, 1)
-        self.std = torch.tensor(CIFAR_STD, device=device).view(3, 1, 1)
+        self.mean = torch.tensor(CIFAR_MEAN, device=device)
+        self.std = torch.tensor(CIFAR_STD, device=device)
         self.batch_size = batch_size
         self.aug = aug or {}
         self.altflip = altflip
@@ -219,7 +222,8 @@ class CifarLoader:
                                  f'{self.aug}')
         n = len(self.images)
         if not self.images.is_floating_point() or self.images.shape != (n, 3, 32, 32):
-            raise ValueError('images must be float (N, 3, 32, 32) from 0 to 1, as by / 255, not '
+            raise ValueError('images must be float (N, 3, 32, 32) from 0 to 1, as by / 255 and, of '
+                             'one channel, by .expand(-1, 3, -1, -1), not '
                              f'{self.images.dtype} {tuple(self.images.shape)}')
         if self.labels.shape != (n,):
             raise ValueError(f'there must be a label for each of the {n} images, not '
@@ -228,9 +232,9 @@ class CifarLoader:
             raise ValueError(f'no batch of {self.batch_size} from {n} images')
 
     def normalize(self, images):
-        mean = self.mean.to(images.device, images.dtype)
-        std = self.std.to(images.device, images.dtype)
-        return images.sub(mean).div_(std)
+        mean = torch.as_tensor(self.mean, dtype=images.dtype, device=images.device)
+        std = torch.as_tensor(self.std, dtype=images.dtype, device=images.device)
+        return images.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
     def __len__(self):
         if self.drop_last:
@@ -351,7 +355,7 @@ class Net(nn.Module):
                 module.float()
 
     def forward(self, x):
-        x = x.to(self.whiten.weight.dtype, memory_format=torch.channels_last)
+        x = x.to(self.whiten.weight.dtype)
         # Not by autocast's argument enabled: it knows no meta device, on which compute is counted.
         autocast = torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext()
         with autocast:
@@ -482,6 +486,9 @@ def make_optimizer(net, h):
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
     decay is divided by the group's lr: whatever the lr is, weights decay alike. They still follow
     its schedule.
+
+    Any other optimizer of PyTorch can be returned; its lr follows the schedule. In float16 Adam
+    gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
     """
     scale = 1024 * (1 + 1 / (1 - h['momentum']))
     lr = h['lr'] / scale
@@ -533,36 +540,31 @@ def train_step(net, optimizers, inputs, labels, label_smoothing):
 
 # ------------------------------------------- Evaluation -------------------------------------------
 
-def plain_views(images):
-    return [images]
+def plain_views(images, mirror):
+    return [images, images.flip(-1)] if mirror else [images]
 
 
-def mirrored_views(images):
-    return [images, images.flip(-1)]
-
-
-def translated_views(images):
+def translated_views(images, mirror):
     """The eight translations by a pixel, along one axis or both, and their mirror images."""
     size = images.size(-1)
     padded = F.pad(images, (1,) * 4, mode='reflect')
     views = []
     for y, x in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)):
-        view = padded[..., y:y + size, x:x + size]
-        views += [view, view.flip(-1)]
+        views += plain_views(padded[..., y:y + size, x:x + size], mirror)
     return views
 
 
-def infer_views(net, loader, images, views_of):
+def infer_views(net, loader, images, views_of, mirror):
     """The mean of the logits over the views of an image that the function views_of returns."""
     logits = []
     for batch in images.split(2000):
-        views = views_of(loader.normalize(batch))
+        views = views_of(loader.normalize(batch), mirror)
         logits.append(sum(net(view) for view in views) / len(views))
     return torch.cat(logits)
 
 
 @torch.no_grad()
-def infer(net, loader, tta_level=0):
+def infer(net, loader, tta_level=0, mirror=True):
     """
     The float32 (N, num_classes) logits of loader.images, in their order.
 
@@ -570,25 +572,26 @@ def infer(net, loader, tta_level=0):
         image. At 2, the eighth of the images with the smallest gap between the two highest
         probabilities also gets eight translations, with their mirror images (the idea is
         Hiverge's, 2025). So which images these are depends on all images of the loader.
+    mirror: False leaves all mirror images out.
     """
     was_training = net.training
     net.eval()
-    views_of = plain_views if tta_level == 0 else mirrored_views
-    logits = infer_views(net, loader, loader.images, views_of)
+    mirror = mirror and tta_level > 0
+    logits = infer_views(net, loader, loader.images, plain_views, mirror)
     if tta_level == 2:
         best, second = logits.softmax(1).topk(2).values.unbind(1)
         count = math.ceil(len(logits) / 8)
         unsure = (best - second).argsort()[:count]
-        translated = infer_views(net, loader, loader.images[unsure], translated_views)
-        # The pair that was not moved counts twice, each of the eight that were moved once.
+        translated = infer_views(net, loader, loader.images[unsure], translated_views, mirror)
+        # The views that were not moved count twice, each of the eight translations once.
         logits[unsure] = (2 * logits[unsure] + 8 * translated) / 10
     net.train(was_training)
     return logits
 
 
-def evaluate(net, loader, tta_level=0):
+def evaluate(net, loader, tta_level=0, mirror=True):
     """The share of loader.images, from 0 to 1, that the network classifies correctly."""
-    predictions = infer(net, loader, tta_level).argmax(1)
+    predictions = infer(net, loader, tta_level, mirror).argmax(1)
     return (predictions == loader.labels).sum().item() / len(loader.labels)
 
 
@@ -798,17 +801,20 @@ def check_compiler(device):
 # -------------------------------------------- Training --------------------------------------------
 
 @one_at_a_time
-def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=None,
+def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=None, dtype=None,
           verbose=True, callback=None, **overrides):
     """
     Trains a network and returns it, in evaluation mode. Its attribute classes names the classes.
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe).
-    test_loader: what to evaluate on (default: the test images of train_loader's folder).
+    test_loader: what to evaluate on (default: the test images of train_loader's folder). Its
+        images are normalised by train_loader's mean and std.
+    net: a Net to train on, in place, its first layer as it is (default: a new one).
     seed: for PyTorch's global generators (default: they go on from where they are). Two trainings
         in threads of one process share them, and so cannot be repeated.
     device: to train on (default: the loader's).
-    dtype: see Net; its name will do (default: the fastest on the device, see default_dtype).
+    dtype: see Net; its name will do (default: the fastest on the device, see default_dtype). A net
+        that is given has its own.
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch.
@@ -833,6 +839,8 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
             setattr(loader, key, overrides[key])
         h[key] = getattr(loader, key)
     check_data(loader, test_loader)
+    if net is not None:
+        device = net.linear.weight.device
     # With its number: cuda becomes the current one, as cuda:0.
     device = torch.empty(0, device=device or loader.images.device).device
     evaluates = verbose or callback is not None
@@ -844,11 +852,15 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
         dtype = getattr(torch, dtype)
 
     if h['compile']:
+        if net is not None:
+            dtype = torch.bfloat16 if net.autocast else net.linear.weight.dtype
         captured = captured_step(h, len(loader.classes), device, dtype)
     if seed is not None:
         torch.manual_seed(seed)
     total_steps = math.ceil(h['epochs'] * len(loader))
-    own_net = Net(h, len(loader.classes), device, dtype)
+    is_new = net is None
+    own_net = Net(h, len(loader.classes), device, dtype) if is_new else net
+    own_net.whiten.bias.requires_grad_(True)
     own_net.classes = loader.classes
     if h['compile']:
         captured.start_run(own_net.state_dict())
@@ -862,12 +874,16 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
         ]
     loader.images = loader.images.to(device, net.whiten.weight.dtype)
     loader.labels = loader.labels.to(device)
-    loader.mean = loader.mean.to(device)
-    loader.std = loader.std.to(device)
+    loader.mean = torch.as_tensor(loader.mean, device=device)
+    loader.std = torch.as_tensor(loader.std, device=device)
     if evaluates:
         test_loader = copy.copy(test_loader)
         test_loader.images = test_loader.images.to(device)
         test_loader.labels = test_loader.labels.to(device)
+        test_loader.mean = loader.mean
+        test_loader.std = loader.std
+    # Images that are not mirrored in training, as digits, are not mirrored in the evaluation.
+    mirror = bool(h['aug'].get('flip'))
 
     def report(row):
         if verbose:
@@ -879,7 +895,8 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
     # The clock runs during training and the final evaluation, not during the validations.
     start = synchronized_time(device)
     seconds = 0.0
-    init_whitening(net, loader.normalize(loader.images[:5000]))
+    if is_new:
+        init_whitening(net, loader.normalize(loader.images[:5000]))
     # All weights and biases, and BatchNorm's running averages.
     state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
     step = 0
@@ -920,7 +937,7 @@ def train(train_loader=None, test_loader=None, *, seed=None, device=None, dtype=
             break
 
     if evaluates:
-        tta_val_acc = evaluate(net, test_loader, h['tta_level'])
+        tta_val_acc = evaluate(net, test_loader, h['tta_level'], mirror)
         seconds += synchronized_time(device) - start
         report(dict(epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step))
     own_net.load_state_dict(net.state_dict())
@@ -968,7 +985,11 @@ def merge(overrides):
 
     Raises TypeError for a name that hyp lacks, and ValueError for a value that makes no sense.
     """
+    names_here = dict(learning_rate='lr', train_epochs='epochs', batchnorm_momentum='bn_momentum',
+                      run='seed', gpu='device', make_net='net')  # by those of the original
     for key in overrides:
+        if key in names_here:
+            raise TypeError(f'there is no {key}: here it is called {names_here[key]}')
         if key not in hyp:
             raise TypeError(f'no hyperparameter {key}: there are {", ".join(hyp)}')
     h = hyp | overrides
@@ -1128,6 +1149,8 @@ def count_pflops(h, steps, test_size, num_classes=10, total_steps=None):
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it can import Triton
     views = {0: 1, 1: 2, 2: 2 + 16 // 8}[h['tta_level']]  # at 2, an eighth has sixteen more
+    if h['tta_level'] > 0 and not h['aug'].get('flip'):
+        views = views // 2
     images = {32: views * test_size}
     for step in range(steps):
         size = image_size(step, total_steps or steps, h)

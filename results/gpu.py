@@ -97,7 +97,7 @@ def probe(args):
     dtype = module.default_dtype(device)
     torch.backends.cudnn.benchmark = True
     overrides = dict(batch_size=20, widths=(8, 16, 16)) if args.tiny else {}
-    if args.widths:
+    if args.widths and not args.tiny:
         overrides['widths'] = tuple(args.widths)
     h = module.merge(overrides)
     torch.manual_seed(0)

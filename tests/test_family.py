@@ -37,7 +37,7 @@ OWN = {
         *('NEWTON_SCHULZ_COEFFICIENTS', 'NEWTON_SCHULZ_STEPS', 'orthogonalize'),
         *('orthogonalize_filters', 'Muon', 'make_optimizer'),
         *('lookahead_update', 'image_size', 'train_step', 'views_of'),
-        *('plain_views', 'mirrored_views', 'translated_views', 'infer_views', 'infer'),
+        *('plain_views', 'translated_views', 'infer_views', 'infer'),
         *(COMPILING | {'train', 'warmup', 'merge', 'count_pflops', 'parse_arguments'}),
     },
     'airbench95': {'docstring', 'hyp'},

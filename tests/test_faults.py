@@ -211,7 +211,7 @@ def spoil(loader, name, change):
     ('images', lambda images: images.mul(255), r'0 to 1, as by / 255, not from \d+ to 2\d\d'),
     ('images', lambda images: images - 0.5, 'from 0 to 1, as by / 255, not from -0.5'),
     ('images', lambda images: images * float('nan'), 'from 0 to 1, as by / 255, not from nan'),
-    ('images', lambda images: images.mul(255).byte(), 'as by / 255, not torch.uint8'),
+    ('images', lambda images: images.mul(255).byte(), 'as by / 255 .* not torch.uint8'),
     ('images', lambda images: images[:90], 'a label for each of the 90 images'),
     ('labels', lambda labels: labels[:90], r'a label for each of the \d+ images, not \(90,\)'),
     ('labels', lambda labels: labels[:, None], 'a label for each of the'),

@@ -142,6 +142,7 @@ def test_the_loaders_example(tiny):
 
 
 def snippets():
+    assert len(re.findall('```python', (ROOT / 'README.md').read_text())) == 6
     return re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
 
 
@@ -158,4 +159,12 @@ def test_the_readmes_snippets(code, tiny, monkeypatch, tmp_path):
     for module in (airbench94, airbench94_muon, airbench95, airbench96):
         for name, value in (('widths', (8, 8, 8)), ('epochs', 1), ('batch_size', 100)):
             monkeypatch.setitem(module.hyp, name, value)
+    # Put back afterwards what a snippet assigns to the module.
+    monkeypatch.setattr(airbench94, 'make_optimizer', airbench94.make_optimizer)
+    recipe = dict(script='airbench94', hyperparameters=airbench94.hyp, dtype='float32')
+    net = airbench94.Net(airbench94.hyp)
+    (tmp_path / 'weights').mkdir()
+    airbench94.save_net(
+        net, tmp_path / 'weights' / 'airbench94-seed0.pt', dict(recipe, classes=list('0123456789'))
+    )
     exec(compile(code, 'README.md', 'exec'), {})
