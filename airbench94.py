@@ -620,7 +620,7 @@ def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **ov
     """
     if device is None:
         device = DEVICE if train_loader is None else train_loader.images.device
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # with its number, as in train
     set_up_process(device)
     if device.type == 'cpu':
         return

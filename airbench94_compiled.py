@@ -493,7 +493,8 @@ def image_sizes(h):
 @functools.cache
 def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype):
     """
-    The one compiled network of this kind in the process. Each run replaces its weights.
+    The one compiled network of this kind in the process. Each run replaces its weights. To keep
+    it, keep its state_dict(): in a copy of it, forward would still be that of the original.
 
     On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
     there in training than PyTorch's own.
@@ -501,6 +502,12 @@ def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype
     # A size of the images, with the whitening bias trained or frozen, and a size of the batch in
     # evaluation: each is compiled on its own. The limit is for all networks of the process.
     torch._dynamo.config.cache_size_limit = 64
+    # Before 2.12 PyTorch overlooks that the bias is frozen (its pull request 177158), and computes
+    # a gradient for nothing, unless these are off.
+    for name in ('skip_tensor_guards_with_matching_dict_tags',
+                 'use_recursive_dict_tags_for_guards'):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, False)
     h = dict(widths=widths, bn_momentum=bn_momentum, scaling_factor=scaling_factor)
     net = Net(h, num_classes, device, dtype)
     eager = net.forward
@@ -529,7 +536,7 @@ class CapturedStep:
     are, is part of the recording. On a CPU a step is run as it is.
 
     net: of compiled_net.
-    h: hyperparameters.
+    h: hyperparameters. The optimizers of make_optimizer must start from a state of zeros.
     """
 
     def __init__(self, net, h):
@@ -541,9 +548,12 @@ class CapturedStep:
         self.optimizers = made if isinstance(made, list) else [made]
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peaks = [group['lr'] for group in self.groups]
+        self.is_recorded = net.linear.weight.is_cuda
         for group in self.groups:
             group['lr'] = torch.tensor(group['lr'], device=net.linear.weight.device)
-        self.is_recorded = net.linear.weight.is_cuda
+            if 'capturable' in group:  # as Adam and its like call it
+                group['capturable'] = self.is_recorded
+        self.stream = torch.cuda.Stream() if self.is_recorded else None
         self.recordings = {}
 
     def momenta(self):
@@ -557,6 +567,20 @@ class CapturedStep:
         self.net.train()
         for momentum in self.momenta():
             momentum.zero_()
+
+    def record_all(self, sizes, batch_size):
+        """Records each kind of step, on random images."""
+        weight = self.net.linear.weight
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        for size in sizes:
+            inputs = torch.randn(batch_size, 3, size, size, generator=generator)
+            inputs = inputs.to(weight.device, weight.dtype)
+            # First with the bias trained: PyTorch before 2.12 takes what it compiles first for
+            # both, and compiled with the bias frozen it would have no gradient.
+            for is_trained in (True, False):
+                self.net.whiten.bias.requires_grad_(is_trained)
+                self(inputs, labels, factor=0.0)
 
     def __call__(self, inputs, labels, factor):
         """
@@ -589,15 +613,14 @@ class CapturedStep:
         # What only the first steps do, to compile, to choose kernels, to make momenta, must not be
         # part of the recording. So two steps come first, on the stream of the recording, and what
         # they change is put back (PyTorch's notes on CUDA semantics, "Whole-network capture").
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self.changes_put_back():
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), self.changes_put_back():
             step()
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         self.net.zero_grad()  # gradients get their memory from the recording
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=self.stream):
             outputs = step()
 
         def replay():
@@ -636,25 +659,8 @@ def captured_step(h, num_classes, device, dtype):
         net = compiled_net(tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], num_classes,
                            device, dtype)
         captured_steps[key] = CapturedStep(net, h)
+        captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
-
-
-def compile_all_steps(loader, overrides, device, dtype):
-    """Runs each kind of step once. The arguments are those of train."""
-    h = merge(overrides | dict(batch_size=overrides.get('batch_size', loader.batch_size)))
-    dtype = dtype or default_dtype(device)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    captured = captured_step(h, len(loader.classes), device, dtype)
-    captured.net.train()
-    inputs = loader.normalize(loader.images[:h['batch_size']]).to(device)
-    inputs = inputs.to(captured.net.whiten.weight.dtype)
-    labels = loader.labels[:h['batch_size']].to(device)
-    for size in image_sizes(h):
-        # First with the bias trained: if the network was compiled with it frozen before, PyTorch
-        # 2.6 takes that for both, and the bias gets no gradient.
-        for is_trained in (True, False):
-            captured.net.whiten.bias.requires_grad_(is_trained)
-            captured(inputs[..., :size, :size], labels, factor=0.0)
 
 
 def one_at_a_time(train):
@@ -754,6 +760,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     if h['compile']:
         captured.start_run(own_net.state_dict())
         net = captured.net
+        net.classes = loader.classes
     else:
         net = own_net
         optimizer = make_optimizer(net, h)
@@ -844,7 +851,7 @@ def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **ov
     """
     if device is None:
         device = DEVICE if train_loader is None else train_loader.images.device
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # with its number, as in train
     set_up_process(device)
     h = merge(overrides)
     if device.type == 'cpu' and not h['compile']:
@@ -861,12 +868,11 @@ def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **ov
     n = 2000 + len(test_loader.images) % 2000  # an evaluation batch of each size
     test_loader.images = test_loader.images[:n]
     test_loader.labels = test_loader.labels[:n]
-    # An epoch with the bias trained, an epoch with it frozen.
+    # An epoch with the bias trained, an epoch with it frozen. A recording has the lr, which the
+    # weight decay depends on, of its run; else the lr is a safe one.
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
-    if h['compile']:
-        compile_all_steps(loader, overrides, device, dtype)  # which keeps the lr of its first call
-    else:
-        overrides |= dict(lr=1e-3)  # an lr that is safe
+    if not h['compile']:
+        overrides |= dict(lr=1e-3)
     with suppress(FloatingPointError):
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,
               callback=lambda net, row: None, **overrides)

@@ -60,9 +60,8 @@ def test_captured_training_is_the_plain_one(module, tiny, uncompiled):
     assert difference < 0.01
     (step,) = module.captured_steps.values()
     kinds = {(shape[-1], trained) for shape, trained in step.recordings}
-    sizes = {24: {True, False}, 28: {False}, 32: {False}}
-    expected = {(size, trained) for size in sizes for trained in sizes[size]}
-    assert kinds == (expected if module is airbench94_muon else {(32, True), (32, False)})
+    sizes = (24, 28, 32) if module is airbench94_muon else (32,)
+    assert kinds == {(size, trained) for size in sizes for trained in (True, False)}
 
 
 @MODULES
@@ -93,10 +92,13 @@ class FakeGraphs:
         self.captured, self.real_step, self.last = captured, module.train_step, None
         self.replays = 0
         monkeypatch.setattr(module, 'train_step', self.train_step)
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        for name, value in dict(Stream=lambda: stream, current_stream=lambda: stream,
-                                stream=lambda stream: contextlib.nullcontext(),
-                                CUDAGraph=lambda: SimpleNamespace(), graph=self.graph).items():
+        captured.stream = stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in dict(
+            current_stream=lambda: stream,
+            stream=lambda stream: contextlib.nullcontext(),
+            CUDAGraph=lambda: SimpleNamespace(),
+            graph=self.graph,
+        ).items():
             monkeypatch.setattr(torch.cuda, name, value)
 
     def train_step(self, *args):
@@ -126,6 +128,7 @@ class FakeGraphs:
             for output, new in zip(outputs, self.real_step(*args), strict=True):
                 output.copy_(new)
             bias.requires_grad_(now)
+
         graph.replay = replay
 
 
@@ -160,6 +163,7 @@ def test_replays_are_steps(module, tiny, uncompiled, monkeypatch):
     expected = run(plain)
     module.captured_steps.clear()
     captured = module.captured_step(h, 10, device, dtype)
+    captured.recordings.clear()
     captured.is_recorded = True
     with monkeypatch.context() as patch:
         fake = FakeGraphs(patch, module, captured)
@@ -231,8 +235,15 @@ def test_nothing_is_compiled_after_the_warm_up(module, tiny, monkeypatch):
         assert before >= start + 2
     rows = []
     for seed, epochs in ((0, 2), (1, 5)):
-        module.train(loader, test_loader, seed=seed, epochs=epochs, whiten_bias_epochs=1,
-                     callback=keep(rows), **options)
+        module.train(
+            loader,
+            test_loader,
+            seed=seed,
+            epochs=epochs,
+            whiten_bias_epochs=1,
+            callback=keep(rows),
+            **options,
+        )
     assert len(rows) == 3 + 6 and counters['stats']['unique_graphs'] == before
     assert len(module.captured_steps) == 1
 
@@ -269,11 +280,17 @@ for script in (airbench94_compiled, airbench94_muon):
         script.warmup(loader, compile=compile, widths=(16, 16, 16))
         for seed in (0, 1):
             script.train(loader, seed=seed, epochs=2, whiten_bias_epochs=1, widths=(16, 16, 16),
-                         verbose=False, compile=compile,
+                         verbose=False, compile=compile, lr=script.hyp['lr'] / 10,
                          callback=lambda net, row: rows.append(row.get('train_loss')))
         losses[compile] = torch.tensor([loss for loss in rows if loss])
-    assert torch.allclose(losses[False], losses[True], rtol=0.02), losses
-    assert all(len(step.recordings) >= 2 for step in script.captured_steps.values())
+    assert torch.allclose(losses[False], losses[True], rtol=0.05), losses
+    (step,) = script.captured_steps.values()
+    assert len(step.recordings) == 2 * len(script.image_sizes(script.hyp))
+    static_inputs, static_labels, _ = next(iter(step.recordings.values()))
+    torch.cuda.set_sync_debug_mode('error')
+    for _ in range(5):
+        step(static_inputs.clone(), static_labels, 0.5)
+    torch.cuda.set_sync_debug_mode('default')
 """
 
 

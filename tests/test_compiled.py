@@ -119,8 +119,8 @@ def test_same_losses_as_uncompiled(tiny):
         finally:
             module.train_step = real_step
     a, b = (torch.stack(losses[module]) for module in losses)
-    assert len(a) == 20
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+    assert len(a) == 20 and len(b) == 20 + 2  # each kind of step was run once before
+    torch.testing.assert_close(a, b[2:], rtol=1e-3, atol=0)
 
 
 def test_the_compiled_network_computes_what_the_returned_one_does(tiny):

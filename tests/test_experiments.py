@@ -201,7 +201,7 @@ def test_gradients_per_example_by_torch_func(module, tiny):
     grads = vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
     for i in range(6):
         net.zero_grad()
-        F.cross_entropy(net(images[i:i + 1]), labels[i:i + 1]).backward()
+        F.cross_entropy(net(images[i : i + 1]), labels[i : i + 1]).backward()
         for name, p in net.named_parameters():
             if p.requires_grad:
                 torch.testing.assert_close(grads[name][i], p.grad, rtol=1e-3, atol=1e-5)
@@ -218,6 +218,7 @@ def test_the_originals_names_are_answered(name, here, tiny):
 def test_many_networks(tiny):
     """The same loader for all; their mean predicts."""
     loader, test_loader = loader_of(airbench94, tiny), CifarLoader(tiny, train=False)
-    logits = torch.stack([
-        infer(train(loader, seed=seed, epochs=1, **SMALL), test_loader) for seed in range(3)])
+    logits = torch.stack(
+        [infer(train(loader, seed=seed, epochs=1, **SMALL), test_loader) for seed in range(3)]
+    )
     assert logits.mean(0).shape == (96, 10) and logits.std(0).min() > 0

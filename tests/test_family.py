@@ -27,7 +27,6 @@ COMPILING = {
     'SCHEDULE',
     'captured_steps',
     'captured_step',
-    'compile_all_steps',
     'one_at_a_time',
     'check_compiler',
 }
@@ -48,7 +47,7 @@ OWN = {
     },
 }
 # Of the diff.
-MOST_LINES = dict(airbench94_muon=600, airbench95=20, airbench96=60, airbench94_compiled=280)
+MOST_LINES = dict(airbench94_muon=600, airbench95=20, airbench96=60, airbench94_compiled=300)
 SCRIPTS = ('airbench94', *OWN)
 
 

@@ -40,8 +40,8 @@ def test_probes_and_what_does_not_fit(tmp_path):
     assert record['widths'] == [8, 16, 16] and sorted(record['sizes']) == ['24', '28', '32']
     assert len(record['losses']) == 20 and record['losses'][-1] < record['losses'][0]
     for of_size in record['sizes'].values():
-        assert of_size['ms'] >= of_size['host_ms'] > 0 and of_size['launches'] > 10
-        assert len(of_size['kernels']) == 10
+        assert of_size['ms'] >= of_size['host_ms'] > 0 and of_size['kernels_per_step'] > 10
+        assert len(of_size['longest']) == 10
 
 
 @pytest.mark.parametrize('variant', gpu.VARIANTS)
@@ -90,4 +90,4 @@ def test_the_plans_know_each_script(tmp_path):
         assert ['--runs 13' in turns[0], '--runs 25' in turns[1]] == [True, True]
     assert any('--epochs 14.7' in command for command in commands)
     bench = gpu.bench_plan(args)
-    assert sum(seconds for _, seconds, _ in bench) <= 900 and bench[0][0] == 'tests'
+    assert sum(seconds for _, seconds, _ in bench) <= 900 and 'captured' in bench[0][0]
