@@ -89,7 +89,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # For the networks and for Muon's products.
 DTYPE = (
     torch.bfloat16
-    if DEVICE == 'cuda' or torch.cpu.get_capabilities().get('avx512_bf16')
+    if DEVICE == 'cuda' or getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16')
     else torch.float32
 )
 data = {}

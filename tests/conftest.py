@@ -10,6 +10,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+VERSION = tuple(int(part) for part in torch.__version__.split('.')[:2])  # of PyTorch
 
 
 def write_split(file, n, seed):
