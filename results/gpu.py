@@ -31,11 +31,18 @@ from torch.profiler import ProfilerActivity
 ROOT = Path(__file__).resolve().parent.parent
 # How a step is run. In captured-unnormalized Muon leaves the norms of the filters alone, which
 # bounds what there is to gain by scaling them in every eighth step only.
-VARIANTS = ('eager', 'compiled', 'captured', 'captured-unnormalized', 'reduce-overhead',
-            'max-autotune-no-cudagraphs')
+VARIANTS = (
+    'eager',
+    'compiled',
+    'captured',
+    'captured-unnormalized',
+    'reduce-overhead',
+    'max-autotune-no-cudagraphs',
+)
 
 
 # ---------------------------------------------- Probe ---------------------------------------------
+
 
 def make_step(module, variant, h, device, dtype):
     """The network, and a function of inputs and labels that trains it by a step."""
@@ -51,8 +58,11 @@ def make_step(module, variant, h, device, dtype):
 
         torch.compile = compile_in_mode
     captured = module.CapturedStep(
-        module.compiled_net(tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], 10,
-                            device, dtype), h)
+        module.compiled_net(
+            tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], 10, device, dtype
+        ),
+        h,
+    )
     if variant in ('compiled', 'reduce-overhead'):
         captured.is_recorded = False
     if variant == 'captured-unnormalized':
@@ -72,8 +82,11 @@ def profile(step, inputs, labels, device, ms):
         for _ in range(5):
             step(inputs, labels)
         synchronize(device)
-    on_gpu = [event for event in prof.key_averages()
-              if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    on_gpu = [
+        event
+        for event in prof.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     events = on_gpu if device.type == 'cuda' else prof.key_averages()
 
     def total(event):
@@ -113,8 +126,15 @@ def probe(args):
     net, step = make_step(module, args.variant, h, device, dtype)
     module.init_whitening(net, images)
 
-    record = dict(script=args.script, variant=args.variant, widths=h['widths'], dtype=str(dtype),
-                  device=module.device_name(device), torch=torch.__version__, sizes={})
+    record = dict(
+        script=args.script,
+        variant=args.variant,
+        widths=h['widths'],
+        dtype=str(dtype),
+        device=module.device_name(device),
+        torch=torch.__version__,
+        sizes={},
+    )
     # 20 losses from one start on one batch, to compare variants by.
     record['losses'] = [step(images, labels)[0].item() / n for _ in range(20)]
     for size in sizes:
@@ -141,11 +161,14 @@ def probe(args):
 
 # ---------------------------------------------- Plans ---------------------------------------------
 
+
 def bench_plan(args):
     """Of (name, seconds that it may take, command)."""
     python = [sys.executable]
-    tests = ['tests/test_capture.py::test_captured_steps_on_cuda',
-             'tests/test_speed.py::test_ten_steps_on_cuda_never_wait_for_it']
+    tests = [
+        'tests/test_capture.py::test_captured_steps_on_cuda',
+        'tests/test_speed.py::test_ten_steps_on_cuda_never_wait_for_it',
+    ]
     pytest = [*python, '-m', 'pytest', '-q', '-rs', '-p', 'no:cacheprovider']
     plan = []
 
@@ -175,8 +198,19 @@ def runs_plan(args):
 
     def add(script, runs, seconds, name='', *words):
         log = args.work / 'logs' / f'gpu_{script}{name}.jsonl'
-        command = [sys.executable, str(ROOT / f'{script}.py'), '--data', args.data, '--log',
-                   str(log), '--runs', str(runs), '--device', args.device, *words]
+        command = [
+            sys.executable,
+            str(ROOT / f'{script}.py'),
+            '--data',
+            args.data,
+            '--log',
+            str(log),
+            '--runs',
+            str(runs),
+            '--device',
+            args.device,
+            *words,
+        ]
         if args.tiny:
             command += ['--widths', '(8,8,8)', '--batch_size', '20', '--epochs', '1']
         plan.append((f'{script}{name}_{runs}', seconds, command))
@@ -197,14 +231,18 @@ def runs_plan(args):
 
 # ----------------------------------------------- Main ---------------------------------------------
 
+
 def run_all(plan, args):
     start = time.monotonic()
     folder = args.work / 'logs'
     folder.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, PYTHONUNBUFFERED='1',
-                       TORCHINDUCTOR_CACHE_DIR=str(args.work / 'inductor'),
-                       TRITON_CACHE_DIR=str(args.work / 'triton'))
+    environment = dict(
+        os.environ,
+        PYTHONUNBUFFERED='1',
+        TORCHINDUCTOR_CACHE_DIR=str(args.work / 'inductor'),
+        TRITON_CACHE_DIR=str(args.work / 'triton'),
+    )
     for name, seconds, command in plan:
         left = args.seconds - (time.monotonic() - start)
         if args.only and args.only not in name:
@@ -215,9 +253,14 @@ def run_all(plan, args):
         begin = time.monotonic()
         with open(folder / f'{name}.out', 'w') as out:
             try:
-                code = subprocess.run(command, cwd=ROOT, env=environment, stdout=out,
-                                      stderr=subprocess.STDOUT,
-                                      timeout=min(left, 2 * seconds)).returncode
+                code = subprocess.run(
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    timeout=min(left, 2 * seconds),
+                ).returncode
             except subprocess.TimeoutExpired:
                 code = 'stopped'
         print(f'{name}: {code}, {time.monotonic() - begin:.0f} s', flush=True)
@@ -233,18 +276,23 @@ def summary_of(line):
     """A line of a command's output; of a probe's JSON the times alone."""
     try:
         record = json.loads(line)
-        sizes = {size: f'{of["ms"]:.2f} ms, host {of["host_ms"]:.2f}, '
-                       f'{of.get("kernels_per_step")} kernels, busy {of.get("busy", 0):.2f}'
-                 for size, of in record['sizes'].items()}
-        return (f'ready {record["ready_seconds"]:.0f} s, losses {record["losses"][0]:.4f} '
-                f'{record["losses"][9]:.4f} {record["losses"][-1]:.4f}, {sizes}')
+        sizes = {
+            size: f'{of["ms"]:.2f} ms, host {of["host_ms"]:.2f}, '
+            f'{of.get("kernels_per_step")} kernels, busy {of.get("busy", 0):.2f}'
+            for size, of in record['sizes'].items()
+        }
+        return (
+            f'ready {record["ready_seconds"]:.0f} s, losses {record["losses"][0]:.4f} '
+            f'{record["losses"][9]:.4f} {record["losses"][-1]:.4f}, {sizes}'
+        )
     except (ValueError, TypeError, LookupError):
         return line[:200]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add('stage', choices=('bench', 'runs', 'probe'))
     add('--out', type=Path, default=Path('gpu_out'))

@@ -9,8 +9,7 @@ Welch's t-test:
 
     python results/summarize.py logs/mine.jsonl --against results/airbench94.jsonl
 
-It refuses to mix recipes, precisions or data sets, and to count a seed twice. It needs the standard
-library alone.
+It refuses to mix recipes, precisions or data sets, and to count a seed twice. It needs scipy.
 """
 
 import argparse
@@ -18,6 +17,8 @@ import json
 import math
 import statistics
 import sys
+
+from scipy import stats
 
 SAME = ('script', 'dtype', 'data')
 KEYS = dict(
@@ -33,55 +34,6 @@ PUBLISHED = {
     'airbench95': ('95.01', '1.4', '10.4 s'),
     'airbench96': ('96.05', '7.5', '46.3 s'),
 }
-
-
-def incomplete_beta(a, b, x):
-    """
-    The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's
-    method).
-    """
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(b, a, 1 - x)
-    if x <= 0:
-        return 0.0
-    front = (
-        math.exp(
-            math.lgamma(a + b)
-            - math.lgamma(a)
-            - math.lgamma(b)
-            + a * math.log(x)
-            + b * math.log1p(-x)
-        )
-        / a
-    )
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    fraction = d
-    for m in range(1, 1000):
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            c, d = 1 + numerator / c, 1 / (1 + numerator * d)
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-14:
-            break
-    return front * fraction
-
-
-def t_two_sided(t, df):
-    """The probability that Student's t with df degrees of freedom lies beyond -|t| or |t|."""
-    return incomplete_beta(df / 2, 0.5, df / (df + t * t))
-
-
-def t_quantile(df, confidence=0.95):
-    """The |t| that Student's t with df degrees of freedom stays within with this probability."""
-    low, high = 0.0, 1.0
-    while t_two_sided(high, df) > 1 - confidence:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided(middle, df) > 1 - confidence else (low, middle)
-    return high
 
 
 def read_logs(paths):
@@ -137,6 +89,7 @@ def summarize(runs):
     n = len(accuracies)
     summary = dict(
         n=n,
+        accuracies=accuracies,
         diverged=len(runs) - n,
         mean=None,
         std=None,
@@ -155,37 +108,36 @@ def summarize(runs):
         )
     if n > 1:
         std = statistics.stdev(accuracies)
-        half = t_quantile(n - 1) * std / math.sqrt(n)
-        summary |= dict(
-            std=std,
-            stderr=std / math.sqrt(n),
-            interval=(summary['mean'] - half, summary['mean'] + half),
-        )
+        stderr = std / math.sqrt(n)
+        if std > 0:
+            low, high = stats.t.interval(0.95, n - 1, loc=summary['mean'], scale=stderr)
+        else:
+            low = high = summary['mean']
+        summary |= dict(std=std, stderr=stderr, interval=(float(low), float(high)))
     return summary
 
 
 def welch(a, b):
     """
-    Welch's t-test of two summaries (B. L. Welch 1947, Biometrika 34:28): a dict of the difference
-    of the means, its 95% interval, t, the degrees of freedom and the two-sided p. Raises ValueError
-    where they have no spread to go by.
+    Welch's t-test of two summaries.
+
+    Returns a dict of the difference of the means, its 95% interval, t, the degrees of freedom and
+    the two-sided p. Raises ValueError where they have no spread to go by.
     """
     if a['n'] < 2 or b['n'] < 2:
         raise ValueError('to compare two sets, each must have two runs or more')
-    u, v = a['std'] ** 2 / a['n'], b['std'] ** 2 / b['n']
-    if u + v == 0:
+    if a['std'] == b['std'] == 0:
         raise ValueError(
             'all runs of a set have the same accuracy: there is no spread to compare by'
         )
-    difference, stderr = a['mean'] - b['mean'], math.sqrt(u + v)
-    df = (u + v) ** 2 / (u**2 / (a['n'] - 1) + v**2 / (b['n'] - 1))
-    half = t_quantile(df) * stderr
+    test = stats.ttest_ind(a['accuracies'], b['accuracies'], equal_var=False)
+    low, high = test.confidence_interval(0.95)
     return dict(
-        difference=difference,
-        interval=(difference - half, difference + half),
-        t=difference / stderr,
-        df=df,
-        p=t_two_sided(difference / stderr, df),
+        difference=a['mean'] - b['mean'],
+        interval=(float(low), float(high)),
+        t=float(test.statistic),
+        df=float(test.df),
+        p=float(test.pvalue),
     )
 
 

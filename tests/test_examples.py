@@ -116,11 +116,11 @@ def test_the_ablations_results_follow_from_the_logs(arm):
     assert row in ABLATIONS
 
 
-def test_the_readmes_data_selection_follows_from_its_log():
+def test_the_data_selection_follows_from_its_log():
     lines = (ROOT / 'results' / 'data_selection.jsonl').read_text().splitlines()
     header, *runs = [json.loads(line) for line in lines]
     assert header['data'] == CIFAR10 and len(runs) == 3
     for run in runs:
         accuracy = 100 * run['tta_val_acc']
         row = f'| {run["name"]} | {run["images"]:,} | {run["epochs"]:g} | {accuracy:.2f} |'
-        assert row in (ROOT / 'README.md').read_text()
+        assert row in (ROOT / 'results' / 'README.md').read_text()

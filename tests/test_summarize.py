@@ -15,24 +15,13 @@ summarize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(summarize)
 
 
-@pytest.mark.parametrize(
-    'df, confidence, t',
-    [  # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
-        (1, 0.95, 12.706),
-        (2, 0.95, 4.303),
-        (7, 0.95, 2.365),
-        (10, 0.95, 2.228),
-        (30, 0.95, 2.042),
-        (100, 0.95, 1.984),
-        (1, 0.80, 3.078),
-        (5, 0.99, 4.032),
-        (20, 0.998, 3.552),
-        (60, 0.90, 1.671),
-    ],
-)
-def test_t_table(df, confidence, t):
-    assert summarize.t_quantile(df, confidence) == pytest.approx(t, abs=6e-4)
-    assert summarize.t_two_sided(t, df) == pytest.approx(1 - confidence, rel=2e-3)
+def test_the_interval_is_students_t():
+    """By the table of the NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2."""
+    for n, t in ((2, 12.706), (3, 4.303), (8, 2.365), (31, 2.042)):
+        runs = [a_run(seed, 0.9 + 0.001 * (-1) ** seed) for seed in range(n)]
+        summary = summarize.summarize(runs)
+        low, high = summary['interval']
+        assert (high - low) / 2 == pytest.approx(t * summary['stderr'], rel=1e-3)
 
 
 def write_log(path, runs, **header):
@@ -98,12 +87,20 @@ def test_one_run_has_no_spread(tmp_path, capsys):
 
 
 def sample(values):
-    return dict(n=len(values), mean=statistics.fmean(values), std=statistics.stdev(values))
+    mean, std = statistics.fmean(values), statistics.stdev(values)
+    return dict(n=len(values), mean=mean, std=std, accuracies=values)
+
+
+def sample_of(n, mean, std):
+    """Any n values with this mean and standard deviation."""
+    values = list(range(n))
+    scale = std / statistics.stdev(values)
+    return sample([mean + scale * (value - statistics.fmean(values)) for value in values])
 
 
 # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.5.3, miles per gallon of American and of
 # Japanese cars, the variances not taken as equal: T = -12.94627 with 136.8750 degrees of freedom.
-NIST = dict(n=249, mean=20.14458, std=6.41470), dict(n=79, mean=30.48101, std=6.10771)
+NIST = sample_of(249, 20.14458, 6.41470), sample_of(79, 30.48101, 6.10771)
 # Wikipedia, "Welch's t-test", the first example: t = -2.46 with 25.0 degrees of freedom, P = 0.021.
 EQUAL = (
     sample(
