@@ -1,8 +1,8 @@
 """examples/, scaled down."""
 
 import json
-import re
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -12,6 +12,7 @@ from test_results import CIFAR10
 from test_summarize import summarize
 
 import airbench94
+import airbench94_muon
 
 
 def test_data_selection(tmp_path, monkeypatch, capsys):
@@ -60,43 +61,63 @@ def test_data_selection_without_data(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['train.pt']
 
 
-ABLATIONS = (ROOT / 'examples' / 'ablations.md').read_text()
+def run_example(name, words, monkeypatch):
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, words)])
+    monkeypatch.setattr(signal, 'signal', lambda number, handler: None)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / 'examples' / f'{name}.py'), run_name='__main__')
+    return stop.value.code
 
 
-def test_the_ablations_program(tiny, tmp_path, monkeypatch):
-    """As it stands, but small and in float32; its logs go to summarize.py as the page says."""
-    program = re.search(
-        r"^AIRBENCH_DATA=\S+ python - <<'END'\n(.*?)^END$", ABLATIONS, re.DOTALL | re.MULTILINE
-    )[1]
-    monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(airbench94.hyp, 'batch_size', 100)
-    for full, less in (
-        ('(32, 128, 128)', '(8, 8, 8)'),
-        ('epochs=3', 'epochs=1'),
-        ('torch.bfloat16', 'torch.float32'),
-    ):
-        assert full in program
-        program = program.replace(full, less)
-    exec(compile(program, 'ablations.md', 'exec'), {})
-    compared = re.findall(
-        r'^python results/summarize.py (\S+) --against (\S+)$', ABLATIONS, re.MULTILINE
-    )
-    assert len(compared) == 2
-    for mine, other in compared:
-        (header, runs), (changed, others) = (summarize.read_logs([path]) for path in (mine, other))
-        assert len(runs) == len(others) == 3
-        changes = {
-            key: changed['hyperparameters'][key]
-            for key in header['hyperparameters']
-            if changed['hyperparameters'][key] != header['hyperparameters'][key]
-        }
-        assert (
-            changes
-            == {'random_flip': dict(altflip=False), 'no_lookahead': dict(lookahead=False)}[
-                re.search('ablation_(.*).jsonl', other)[1]
-            ]
-        )
+FLAGS = ['--data', 'synthetic', '--epochs', '1', '--widths', '(4, 4, 4)', '--batch_size', '500']
+FLAGS += ['--dtype', 'float32']
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Synthetic data of a tenth, and no change of how the tests' process allocates."""
+    real = airbench94.synthetic_split
+    less = {train: {key: value[:1000 if train else 100] for key, value in real(train).items()}
+            for train in (True, False)}  # fmt: skip
+    for module in (airbench94, airbench94_muon):
+        monkeypatch.setattr(module, 'synthetic_split', lambda train: less[train])
+        monkeypatch.setattr(module, 'set_up_process', lambda device: None)
+
+
+def test_ablations(tmp_path, monkeypatch, small):
+    words = ['--runs', 2, '--folder', tmp_path, *FLAGS]
+    assert run_example('ablations', words, monkeypatch) == 0
+    logs = {arm: summarize.read_logs([tmp_path / f'{arm}.jsonl'])
+            for arm in ('baseline', 'random_flip', 'no_lookahead')}  # fmt: skip
+    header, runs = logs['baseline']
+    assert [run['seed'] for run in runs] == [0, 1]
+    for arm, change in (('random_flip', 'altflip'), ('no_lookahead', 'lookahead')):
+        other, runs = logs[arm]
+        assert [run['seed'] for run in runs] == [0, 1]
+        changed = {key for key, value in other['hyperparameters'].items()
+                   if header['hyperparameters'][key] != value}  # fmt: skip
+        assert changed == {change} and other['hyperparameters'][change] is False
+
+
+def test_optimizers(tmp_path, monkeypatch, small, capsys):
+    real = airbench94_muon.make_optimizer
+    monkeypatch.setattr(airbench94_muon, 'make_optimizer', real)  # put back afterwards
+    words = ['--runs', 2, '--folder', tmp_path, *FLAGS]
+    assert run_example('optimizers', words, monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in lines] == ['sgd', 'muon', 'adamw']
+    assert all('n 2, mean 0.' in line and '95% interval' in line for line in lines)
+    losses = [summarize.read_logs([tmp_path / f'optimizer_{name}.jsonl'])[1][0]['train_loss']
+              for name in ('sgd', 'muon', 'adamw')]  # fmt: skip
+    assert len({loss for (loss,) in losses}) == 3  # of the second step, after one of each
+
+
+def test_an_examples_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
+    words = ['--folder', tmp_path, '--data', tmp_path / 'none.pt', '--lr', 'fast']
+    assert run_example('ablations', words, monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.startswith('airbench94: error: lr must be a number above 0')
 
 
 @pytest.mark.parametrize('arm', ['random_flip', 'no_lookahead'])
@@ -113,7 +134,7 @@ def test_the_ablations_results_follow_from_the_logs(arm):
         f'| {100 * test["difference"]:+.2f} | '
         f'{100 * test["interval"][0]:+.2f} to {100 * test["interval"][1]:+.2f} | {test["p"]:.2g} |'
     )
-    assert row in ABLATIONS
+    assert row in (ROOT / 'results' / 'README.md').read_text()
 
 
 def test_the_data_selection_follows_from_its_log():

@@ -1,0 +1,75 @@
+"""
+SGD, Muon and AdamW on the network and the schedule of airbench94_muon.py.
+
+Trains with each in turn, so that what disturbs the machine disturbs all alike, and prints the mean
+accuracies with their 95% intervals. The logs are those of airbench94_muon.py, a file for each
+optimizer. The same command continues them.
+
+    python examples/optimizers.py --data DIR --runs 50 --folder logs
+
+Muon has the recipe's hyperparameters. Those of the other two below are a start: tune them before
+you conclude anything. All other flags are passed on to airbench94_muon.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'results')]  # to run from a checkout as it stands
+import summarize  # noqa: E402
+
+import airbench94_muon  # noqa: E402
+
+real_make_optimizer = airbench94_muon.make_optimizer
+
+
+def sgd(net, h):
+    """Of the recipe's two optimizers the SGD stays. Another trains the filters, without decay."""
+    for_head_and_biases, muon = real_make_optimizer(net, h)
+    filters = muon.param_groups[0]['params']
+    for_filters = torch.optim.SGD(filters, lr=2e-3, momentum=0.85, nesterov=True)
+    return [for_head_and_biases, for_filters]
+
+
+def adamw(net, h):
+    for_head_and_biases, muon = real_make_optimizer(net, h)
+    filters = muon.param_groups[0]['params']
+    for_filters = torch.optim.AdamW(filters, lr=2e-3, eps=1e-4, weight_decay=0.0)
+    return [for_head_and_biases, for_filters]
+
+
+OPTIMIZERS = {'sgd': sgd, 'muon': real_make_optimizer, 'adamw': adamw}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--runs', type=int, default=50, help='of each (default: %(default)s)')
+    parser.add_argument('--folder', type=Path, default=Path('logs'), help='(default: logs)')
+    args, passed_on = parser.parse_known_args()
+    logs = {name: args.folder / f'optimizer_{name}.jsonl' for name in OPTIMIZERS}
+    for runs in range(1, args.runs + 1):
+        for name, make_optimizer in OPTIMIZERS.items():
+            airbench94_muon.make_optimizer = make_optimizer
+            words = [*passed_on, '--log', str(logs[name]), '--runs', str(runs)]
+            sys.argv = ['airbench94_muon.py', *words]
+            code = airbench94_muon.main()  # adds the run that the log lacks
+            if code != 0:
+                return code
+    for name, log in logs.items():
+        _, logged = summarize.read_logs([log])
+        summary = summarize.summarize(logged)
+        line = f'{name:6} n {summary["n"]}'
+        if summary['n'] > 1:
+            low, high = summary['interval']
+            line += f', mean {summary["mean"]:.4f}, its 95% interval {low:.4f} to {high:.4f}'
+        print(line)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
