@@ -1,12 +1,14 @@
 """
-Trains a network to 94% test accuracy on CIFAR-10, for 0.36 PFLOPs a run.
+Trains a network to 94% test accuracy on CIFAR-10.
+
+94.01% in the mean of 25 runs of 2.05 s on an NVIDIA H200; 0.36 PFLOPs a run (results/README.md).
 
 The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv
 2404.00498), called "the paper" below. This is its base recipe: three blocks of two convolutions
 each, trained for 9.9 epochs.
 
-It needs PyTorch 2.6 or newer, and torchvision to download the data. With --data synthetic
---epochs 1 --runs 1 it is a short trial that downloads nothing. --help lists the options.
+It needs PyTorch 2.6 or newer, and torchvision to download the data. The README has a trial of 15
+seconds that downloads nothing. --help lists the options.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -210,6 +211,15 @@ def test_help_explains_each_option_with_its_default(main):
         assert f'(default: {value})' in re.sub(
             r'\s+', ' ', out.split(f'\n  --{key} ')[1].split('\n  --')[0]
         ), key
+
+
+def test_the_readmes_trial_learns(main):
+    (line,) = re.findall(
+        r'^    python airbench94.py (--data synthetic.*)$', (ROOT / 'README.md').read_text(), re.M
+    )
+    code, out, _ = main(*shlex.split(line), '--log', 'log.jsonl')
+    assert code == 0 and 'SYNTHETIC' in out
+    assert read('log.jsonl')[1][0]['tta_val_acc'] > 0.9
 
 
 @pytest.mark.parametrize('of_environment', [False, True], ids=['flag', 'environment'])

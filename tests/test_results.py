@@ -99,6 +99,20 @@ def test_the_readmes_table_follows_from_the_logs():
     assert table == [row.replace(' ', '') for row in readme_rows()]
 
 
+@pytest.mark.parametrize('script', summarize.PUBLISHED)
+def test_the_docstring_follows_from_the_logs(script):
+    gpu_log = ROOT / 'results' / f'gpu_{script}.jsonl'
+    log = gpu_log if gpu_log.exists() else ROOT / 'results' / f'{script}.jsonl'
+    summary = summarize.summarize(summarize.read_logs([log])[1])
+    evidence = f'{100 * summary["mean"]:.2f}% in the mean of {summary["n"]} runs '
+    if log == gpu_log:
+        evidence += f'of {summarize.readme_time(summary).split(",")[0]} on an NVIDIA H200; '
+    else:
+        evidence += 'on a CPU; '
+    evidence += f'{summary["pflops"]:.2f} PFLOPs a run (results/README.md).'
+    assert evidence in importlib.import_module(script).__doc__
+
+
 def test_the_readme_says_how_long_a_cpu_takes():
     text = ' '.join((ROOT / 'README.md').read_text().split())
     _, runs = summarize.read_logs([ROOT / 'results' / 'airbench94.jsonl'])
