@@ -286,7 +286,7 @@ def test_flags_and_keywords_of_another_kind_are_as_good(main, tiny):
 # A forker's mistakes, threads ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('at', ['warmup', 'train'])
+@pytest.mark.parametrize('at', ['check_data', 'warmup', 'train'])
 def test_a_fault_of_the_program_shows_its_traceback(main, monkeypatch, at):
     def fail(*args, **options):
         raise RuntimeError('shapes cannot be multiplied')
