@@ -186,9 +186,11 @@ def test_the_times_on_each_processor_are_logged_ones():
                 )
 
 
-def test_the_figures_are_drawn_from_the_logs(tmp_path):
+def test_the_figures_are_drawn_from_the_logs(tmp_path, monkeypatch):
     """Drawn again, they are the same but for the ids that matplotlib gives."""
-    plot = pytest.importorskip('plot')
+    pytest.importorskip('matplotlib')
+    monkeypatch.syspath_prepend(ROOT / 'results')
+    plot = importlib.import_module('plot')
     assert plot.main(['--out', str(tmp_path)]) == 0
     for name in ('accuracy.svg', 'distribution.svg'):
         new, old = ((folder / name).read_text() for folder in (tmp_path, ROOT / 'results'))
@@ -235,12 +237,10 @@ def test_ci_calls_the_readmes_test_command():
     assert command in (ROOT / '.ci' / 'run').read_text().splitlines()
 
 
-def search_rows(cells):
-    """The rows below the head of the table of so many cells in search_94_muon.md."""
-    lines = (
-        line.split('|')[1:-1]
-        for line in (ROOT / 'results' / 'search_94_muon.md').read_text().splitlines()
-    )
+def search_rows(cells, page='search_94_muon.md'):
+    """The rows below the head of the table of so many cells."""
+    text = (ROOT / 'results' / page).read_text()
+    lines = (line.split('|')[1:-1] for line in text.splitlines())
     return [[cell.strip() for cell in line] for line in lines if len(line) == cells][2:]
 
 
@@ -276,8 +276,21 @@ def test_the_frontier_follows_from_the_logs():
         assert len({round(run['pflops'], 3) for run in chosen}) == 1
 
 
+def test_the_report_of_the_search_is_short():
+    assert len((ROOT / 'results' / 'search_94_muon.md').read_text().split()) <= 900
+
+
+def test_the_accuracies_in_the_report_of_the_search_are_logged_ones():
+    logged = {f'{100 * run[key]:.2f}' for run in search_runs() for key in ('selective', 'mirror')
+              if key in run}  # fmt: skip
+    frontier = {row[2] for row in search_rows(6)}
+    text = (ROOT / 'results' / 'search_94_muon.md').read_text()
+    assert set(re.findall(r'\b9\d\.\d\d\b', text)) <= logged | frontier
+
+
 def test_the_table_of_the_search_is_its_log():
-    rows, runs = search_rows(9), {run['seed']: run for run in search_runs()}
+    rows = search_rows(9, 'search_94_muon_runs.md')
+    runs = {run['seed']: run for run in search_runs()}
     assert [int(row[1]) for row in rows] == list(runs)
     for row, run in zip(rows, runs.values(), strict=True):
         pair = (
