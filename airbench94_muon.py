@@ -13,7 +13,7 @@ The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GP
 - only the images of which the network is least sure get translated test views;
 - there is no Lookahead.
 
-The recipe was searched for on the test set (results/search_94_muon.md). The accuracies that are
+The recipe was searched for on the test set (results/search_94_muon). The accuracies that are
 reported are of other seeds than the search's.
 
 It needs PyTorch 2.6 or newer, and torchvision to download the data. The README has a trial of 15

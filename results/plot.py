@@ -161,12 +161,12 @@ def main(arguments=None):
         return 2
     try:
         scripts = {}
-        of_scripts = sorted(
-            HERE.glob('airbench*.jsonl')
-        )  # or rather those of the same on a GPU, which have more runs
-        for path in args.logs or [
-            max(HERE / f'gpu_{path.name}', path, key=Path.exists) for path in of_scripts
-        ]:
+        # Those of the H200, where there are any.
+        found = [
+            max(folder / 'h200.jsonl', folder / 'cpu.jsonl', key=Path.exists)
+            for folder in sorted(HERE.glob('airbench*'))
+        ]
+        for path in args.logs or found:
             header = summarize.read_logs([path])[0]
             scripts.setdefault(header['script'], []).append(path)
         logs = []

@@ -7,7 +7,7 @@ README's cell for them:
 Or two such sets compared: the difference of their mean accuracies, its 95% interval, and the p of
 Welch's t-test:
 
-    python results/summarize.py logs/mine.jsonl --against results/airbench94.jsonl
+    python results/summarize.py logs/mine.jsonl --against results/airbench94/cpu.jsonl
 
 It refuses to mix recipes, precisions or data sets, and to count a seed twice. It needs scipy.
 """

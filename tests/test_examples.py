@@ -123,7 +123,7 @@ def test_an_examples_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('arm', ['random_flip', 'no_lookahead'])
 def test_the_ablations_results_follow_from_the_logs(arm):
     baseline, other = (
-        summarize.read_logs([ROOT / 'results' / f'ablation_{name}.jsonl'])
+        summarize.read_logs([ROOT / 'results' / 'examples' / f'ablation_{name}.jsonl'])
         for name in ('baseline', arm)
     )
     assert baseline[0]['data'] == other[0]['data'] == CIFAR10
@@ -134,14 +134,14 @@ def test_the_ablations_results_follow_from_the_logs(arm):
         f'| {100 * test["difference"]:+.2f} | '
         f'{100 * test["interval"][0]:+.2f} to {100 * test["interval"][1]:+.2f} | {test["p"]:.2g} |'
     )
-    assert row in (ROOT / 'results' / 'README.md').read_text()
+    assert row in (ROOT / 'results' / 'examples' / 'README.md').read_text()
 
 
 def test_the_data_selection_follows_from_its_log():
-    lines = (ROOT / 'results' / 'data_selection.jsonl').read_text().splitlines()
+    lines = (ROOT / 'results' / 'examples' / 'data_selection.jsonl').read_text().splitlines()
     header, *runs = [json.loads(line) for line in lines]
     assert header['data'] == CIFAR10 and len(runs) == 3
     for run in runs:
         accuracy = 100 * run['tta_val_acc']
         row = f'| {run["name"]} | {run["images"]:,} | {run["epochs"]:g} | {accuracy:.2f} |'
-        assert row in (ROOT / 'results' / 'README.md').read_text()
+        assert row in (ROOT / 'results' / 'examples' / 'README.md').read_text()

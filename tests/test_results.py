@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -20,10 +21,15 @@ CIFAR10 = dict(
         labels='cbb7365de8ed11f05cc4c3a1e7f78144127c5e851efd83762fb18202461230bb',
     ),
 )
-CPU_LOGS, GPU_LOGS = (
-    sorted((ROOT / 'results').glob(f'{kind}airbench*.jsonl')) for kind in ('', 'gpu_')
-)
+RESULTS = ROOT / 'results'
+CPU_LOGS = sorted(RESULTS.glob('airbench*/cpu.jsonl'))
+GPU_LOGS = sorted(RESULTS.glob('airbench*/h200.jsonl'))
 LOGS = CPU_LOGS + GPU_LOGS
+
+
+def log_of(script):
+    """That of the H200 where there is one."""
+    return max(RESULTS / script / 'h200.jsonl', RESULTS / script / 'cpu.jsonl', key=Path.exists)
 
 
 def table():
@@ -48,16 +54,15 @@ def check_row(row, header, runs, hyp):
 
 
 def test_every_log_has_its_cell_and_every_cell_its_log():
-    assert CPU_LOGS and sorted(table()) == [log.stem for log in CPU_LOGS]
-    assert [f'gpu_{script}' for script, row in table().items() if row[1]] == [
-        log.stem for log in GPU_LOGS
-    ]
+    assert CPU_LOGS and sorted(table()) == [log.parent.name for log in CPU_LOGS]
+    on_gpu = [script for script, row in table().items() if row[1]]
+    assert on_gpu == [log.parent.name for log in GPU_LOGS]
 
 
-@pytest.mark.parametrize('log', LOGS, ids=lambda log: log.stem)
+@pytest.mark.parametrize('log', LOGS, ids=lambda log: f'{log.parent.name}-{log.stem}')
 def test_the_row_follows_from_the_log(log):
     header, runs = summarize.read_logs([log])
-    assert header['script'] == log.stem.removeprefix('gpu_')
+    assert header['script'] == log.parent.name
     assert all((run['device'] == 'NVIDIA H200') == (log in GPU_LOGS) for run in runs)
     check_row(
         table()[header['script']], header, runs, importlib.import_module(header['script']).hyp
@@ -71,23 +76,30 @@ def test_a_wrong_row_is_found(key, value):
     header, runs = summarize.read_logs([LOGS[0]])
     runs[0][key] = value
     with pytest.raises(AssertionError):
-        check_row(table()[LOGS[0].stem], header, runs, importlib.import_module(LOGS[0].stem).hyp)
+        check_row(
+            table()[LOGS[0].parent.name],
+            header,
+            runs,
+            importlib.import_module(LOGS[0].parent.name).hyp,
+        )
     with pytest.raises(AssertionError):
         check_row(
-            table()[LOGS[0].stem], header, runs[1:], importlib.import_module(LOGS[0].stem).hyp
+            table()[LOGS[0].parent.name],
+            header,
+            runs[1:],
+            importlib.import_module(LOGS[0].parent.name).hyp,
         )
 
 
 def readme_rows():
     """The README's first table, as the logs have it."""
     for script, published in summarize.PUBLISHED.items():
-        gpu_log = ROOT / 'results' / f'gpu_{script}.jsonl'
-        log = gpu_log if gpu_log.exists() else ROOT / 'results' / f'{script}.jsonl'
+        log = log_of(script)
         _, runs = summarize.read_logs([log])
         summary = summarize.summarize(runs)
         accuracy = summarize.readme_cell(summary)
         time = summarize.readme_time(summary).split(',')[0]
-        if log != gpu_log:
+        if log.stem == 'cpu':
             accuracy, time = f'{accuracy}, on a CPU', ''
         cells = [accuracy, time, f'{summary["pflops"]:.2f}', published[2]]
         yield f'| [{script}.py]({script}.py) | {" | ".join(cells)} |'
@@ -101,11 +113,10 @@ def test_the_readmes_table_follows_from_the_logs():
 
 @pytest.mark.parametrize('script', summarize.PUBLISHED)
 def test_the_docstring_follows_from_the_logs(script):
-    gpu_log = ROOT / 'results' / f'gpu_{script}.jsonl'
-    log = gpu_log if gpu_log.exists() else ROOT / 'results' / f'{script}.jsonl'
+    log = log_of(script)
     summary = summarize.summarize(summarize.read_logs([log])[1])
     evidence = f'{100 * summary["mean"]:.2f}% in the mean of {summary["n"]} runs '
-    if log == gpu_log:
+    if log.stem == 'h200':
         evidence += f'of {summarize.readme_time(summary).split(",")[0]} on an NVIDIA H200; '
     else:
         evidence += 'on a CPU; '
@@ -115,7 +126,7 @@ def test_the_docstring_follows_from_the_logs(script):
 
 def test_the_readme_says_how_long_a_cpu_takes():
     text = ' '.join((ROOT / 'README.md').read_text().split())
-    _, runs = summarize.read_logs([ROOT / 'results' / 'airbench94.jsonl'])
+    _, runs = summarize.read_logs([RESULTS / 'airbench94' / 'cpu.jsonl'])
     minutes = {}
     for name in ('Intel Xeon, AMX', 'AMD EPYC, Zen 4'):
         ours = [run for run in runs if processor('airbench94', run).startswith(name)]
@@ -131,13 +142,13 @@ def test_the_readme_is_short_before_the_method():
 
 
 def processor(script, run):
-    """The processor of a run by results/README.md, as in 'AMD EPYC, Zen 4, AVX512-BF16'."""
-    text = (ROOT / 'results' / 'README.md').read_text()
-    letter, *exceptions = re.search(
-        rf'^\| `{script}.jsonl` \|[^|]*\| (.*?) \|', text, re.MULTILINE
-    )[1].split(', run ')
-    letter = dict(exception.split() for exception in exceptions).get(str(run['run']), letter)
-    return re.search(rf'^- {letter}: (.*?):', text, re.MULTILINE)[1]
+    """The processor of a run by the page of its folder, as in 'AMD EPYC, Zen 4, AVX512-BF16'."""
+    text = (RESULTS / script / 'README.md').read_text()
+    for seeds, machine in re.findall(r'^\| cpu.jsonl \| (.*?) \| (.*?):', text, re.MULTILINE):
+        first, last = (int(seed) for seed in (seeds.split(' to ') * 2)[:2])
+        if first <= run['seed'] <= last:
+            return machine
+    raise LookupError(f'no machine for seed {run["seed"]} of {script}')
 
 
 def test_the_times_on_each_processor_are_logged_ones():
@@ -152,9 +163,7 @@ def test_the_times_on_each_processor_are_logged_ones():
     )
     scripts = [name.removesuffix('.py') for name in names]
     assert scripts == list(table()) and all(map(any, zip(*rows, strict=True)))
-    logs = {
-        script: summarize.read_logs([ROOT / 'results' / f'{script}.jsonl']) for script in scripts
-    }
+    logs = {script: summarize.read_logs([RESULTS / script / 'cpu.jsonl']) for script in scripts}
     *rows, (name, _, dtype, *cells) = rows
     assert (name, dtype, cells) == (
         'NVIDIA A100',
@@ -162,10 +171,10 @@ def test_the_times_on_each_processor_are_logged_ones():
         [summarize.PUBLISHED[script][2] for script in scripts],
     )
     *rows, (name, _, dtype, *cells) = rows
-    means = {log: summarize.summarize(summarize.read_logs([log])[1]) for log in GPU_LOGS}
-    means = {
-        log.stem.removeprefix('gpu_'): summarize.readme_time(mean) for log, mean in means.items()
-    }
+    means = {}
+    for log in GPU_LOGS:
+        summary = summarize.summarize(summarize.read_logs([log])[1])
+        means[log.parent.name] = summarize.readme_time(summary)
     assert (name, dtype, cells) == (
         'NVIDIA H200',
         'float16',
@@ -202,12 +211,13 @@ def test_the_figures_are_drawn_from_the_logs(tmp_path, monkeypatch):
 
 def test_the_times_in_turn_follow_from_the_logs():
     text = ' '.join((ROOT / 'results' / 'README.md').read_text().split())
+    folder = RESULTS / 'airbench94_muon'
     turns, long = (
-        [
-            summarize.read_logs([ROOT / 'results' / f'{kind}_airbench94{name}.jsonl'])[1]
-            for name in ('', '_muon')
-        ]
-        for kind in ('turns', 'gpu')
+        [summarize.read_logs([log])[1] for log in logs]
+        for logs in (
+            (folder / 'turns_airbench94.jsonl', folder / 'turns.jsonl'),
+            (RESULTS / 'airbench94' / 'h200.jsonl', folder / 'h200.jsonl'),
+        )
     )
     rates = [[run['pflops'] / run['seconds'] for run in runs] for runs in turns]
     low, ratio, high = sorted(muon / base for base, muon in zip(*rates, strict=True))
@@ -217,18 +227,25 @@ def test_the_times_in_turn_follow_from_the_logs():
         f'a run of 1 / {flops:.2f} of the PFLOPs takes 1 / {flops * ratio:.2f} of the time' in text
     )
     base, muon = (summarize.summarize(runs)['seconds'] for runs in long)
-    assert f'In turn on H it took {muon / base:.2f} times as long' in text
-    amax = summarize.summarize(summarize.read_logs([ROOT / 'results' / 'gpu_muon_amax.jsonl'])[1])
+    assert f'In turn on the H200 it took {muon / base:.2f} times as long' in text
+    amax = summarize.summarize(summarize.read_logs([folder / 'h200_amax.jsonl'])[1])
     assert amax['n'] == 8 and f'eight runs took {amax["seconds"]:.2f} s' in text
 
 
 def test_each_log_is_explained():
-    explained = (ROOT / 'results' / 'README.md').read_text()
-    assert all(
-        f'`{path.name}`' in explained
-        for path in (ROOT / 'results').iterdir()
-        if path.suffix in ('.json', '.jsonl', '.svg', '.txt')
-    )
+    folders = [folder for folder in RESULTS.iterdir() if folder.is_dir() and folder.name[0] != '_']
+    assert len(folders) == 8
+    for folder in folders:
+        pages = ' '.join(page.read_text() for page in folder.glob('*.md'))
+        assert f'({folder.name})' in (RESULTS / 'README.md').read_text()
+        for file in folder.iterdir():
+            assert file.is_dir() or file.suffix == '.md' or file.name in pages, file
+
+
+def test_the_links_of_the_pages_lead_somewhere():
+    for page in (ROOT / 'README.md', *RESULTS.glob('**/*.md')):
+        for link in re.findall(r'\]\(([^)#]+)\)', page.read_text()):
+            assert link.startswith('http') or (page.parent / link).exists(), (page, link)
 
 
 def test_ci_calls_the_readmes_test_command():
@@ -237,20 +254,20 @@ def test_ci_calls_the_readmes_test_command():
     assert command in (ROOT / '.ci' / 'run').read_text().splitlines()
 
 
-def search_rows(cells, page='search_94_muon.md'):
+def search_rows(cells, page='README.md'):
     """The rows below the head of the table of so many cells."""
-    text = (ROOT / 'results' / page).read_text()
+    text = (RESULTS / 'search_94_muon' / page).read_text()
     lines = (line.split('|')[1:-1] for line in text.splitlines())
     return [[cell.strip() for cell in line] for line in lines if len(line) == cells][2:]
 
 
 def search_runs():
-    return list(map(json.loads, open(ROOT / 'results' / 'search_94_muon.jsonl')))
+    return list(map(json.loads, open(RESULTS / 'search_94_muon' / 'runs.jsonl')))
 
 
 def test_the_frontier_follows_from_the_logs():
-    names = ('airbench94_muon', 'gpu_airbench94_muon', 'gpu_muon_amax', 'muon_3x3')
-    logs = (ROOT / 'results' / f'{name}.jsonl' for name in names)
+    names = ('cpu', 'h200', 'h200_amax', 'before_2x2')
+    logs = (RESULTS / 'airbench94_muon' / f'{name}.jsonl' for name in names)
     runs = [run for log in logs for run in summarize.read_logs([log])[1]]
     runs = {
         run['seed']: run
@@ -277,19 +294,19 @@ def test_the_frontier_follows_from_the_logs():
 
 
 def test_the_report_of_the_search_is_short():
-    assert len((ROOT / 'results' / 'search_94_muon.md').read_text().split()) <= 900
+    assert len((RESULTS / 'search_94_muon' / 'README.md').read_text().split()) <= 900
 
 
 def test_the_accuracies_in_the_report_of_the_search_are_logged_ones():
     logged = {f'{100 * run[key]:.2f}' for run in search_runs() for key in ('selective', 'mirror')
               if key in run}  # fmt: skip
     frontier = {row[2] for row in search_rows(6)}
-    text = (ROOT / 'results' / 'search_94_muon.md').read_text()
+    text = (RESULTS / 'search_94_muon' / 'README.md').read_text()
     assert set(re.findall(r'\b9\d\.\d\d\b', text)) <= logged | frontier
 
 
 def test_the_table_of_the_search_is_its_log():
-    rows = search_rows(9, 'search_94_muon_runs.md')
+    rows = search_rows(9, 'runs.md')
     runs = {run['seed']: run for run in search_runs()}
     assert [int(row[1]) for row in rows] == list(runs)
     for row, run in zip(rows, runs.values(), strict=True):

@@ -2,7 +2,7 @@
 The search for airbench94_muon.py: trains variants of its recipe, one after another, and logs each
 as it ends.
 
-    python results/search_94_muon.py QUEUE LOG DATA
+    python results/search_94_muon/search.py QUEUE LOG DATA
 
 A line of QUEUE is a JSON object, what is changed of `base` below, and "seed"; lines may be added
 while it runs. A line of LOG is a run: changes, seed, steps, PFLOPs (training, optimiser and
