@@ -795,16 +795,17 @@ def one_at_a_time(train):
     return guarded
 
 
-def check_compiler(device):
-    """Raises ValueError where torch.compile would find no compiler."""
+def what_compiling_lacks(device):
+    """A message on what torch.compile would not find, or None."""
     compilers = dict(win32='cl', darwin='clang++')
     compiler = os.environ.get('CXX') or compilers.get(sys.platform, 'g++')
     if not shutil.which(compiler):
-        raise ValueError(f'torch.compile needs a C++ compiler, and there is no {compiler}: install '
-                         'one, and set $CXX to its name, or use airbench94.py, which does without')
+        return (f'torch.compile needs a C++ compiler, and there is no {compiler}: install one, and '
+                'set $CXX to its name, or use airbench94.py, which does without')
     if device.type == 'cuda' and importlib.util.find_spec('triton') is None:
-        raise ValueError('torch.compile needs Triton on CUDA, and it is not installed: use '
-                         'airbench94.py, which does without')
+        return ('torch.compile needs Triton on CUDA, and it is not installed: use airbench94.py, '
+                'which does without')
+    return None
 
 
 # -------------------------------------------- Training --------------------------------------------
@@ -1364,11 +1365,14 @@ def parse_arguments():
             flags.append(f'--{key.replace("_", "-")}')
         add(*flags, type=value, default=default, metavar='X', help='(default: %(default)s)')
     args = parser.parse_args()
-    if args.compile is None:
-        has_triton = importlib.util.find_spec('triton') is not None
-        args.compile = True if args.device.type == 'cuda' and has_triton else None
-    if args.compile:
-        check_compiler(args.device)
+    lacks = what_compiling_lacks(args.device)
+    if args.compile is None and args.device.type == 'cuda':
+        if lacks is None:
+            args.compile = True
+        else:
+            print(f'note: not compiled, so slower. {lacks}', file=sys.stderr)
+    if args.compile and lacks is not None:
+        raise ValueError(lacks)
     args.h = merge({key: getattr(args, key) for key in hyp})
     if args.runs is None:
         args.runs = 25 if args.device.type == 'cuda' else 1

@@ -246,22 +246,31 @@ def test_nothing_is_compiled_after_the_warm_up(module, tiny, monkeypatch):
     assert len(module.captured_steps) == 1
 
 
-def test_the_command_line_compiles_on_cuda_alone(monkeypatch):
-    """Where Triton is there, and not where --compile False is said."""
-    calls = []
-    monkeypatch.setattr(airbench94_muon, 'check_compiler', calls.append)
-    for device, triton, words, expected in (
-            ('cpu', True, [], None), ('cuda', True, [], True), ('cuda', False, [], None),
-            ('cuda', True, ['--compile', 'False'], False),
-            ('cpu', True, ['--compile', 'True'], True)):  # fmt: skip
-        calls.clear()
-        spec = object() if triton else None
-        monkeypatch.setattr('importlib.util.find_spec', lambda name, spec=spec: spec)
-        monkeypatch.setattr(torch, 'device', lambda text: SimpleNamespace(type=text))
-        monkeypatch.setattr(torch, 'empty', lambda *args, **options: torch.zeros(1))
-        monkeypatch.setattr(sys, 'argv', ['airbench94_muon.py', '--device', device, *words])
-        args = airbench94_muon.parse_arguments()
-        assert args.h['compile'] is expected and bool(calls) == bool(expected)
+@pytest.mark.parametrize('device, lacks, words, expected', [
+    ('cpu', None, [], None),
+    ('cuda', None, [], True),
+    ('cuda', 'no Triton', [], None),
+    ('cuda', None, ['--compile', 'False'], False),
+    ('cpu', None, ['--compile', 'True'], True),
+])  # fmt: skip
+def test_the_command_line_compiles_on_cuda_alone(
+    monkeypatch, capsys, device, lacks, words, expected
+):
+    """On CUDA where nothing is missing for it, and not where --compile False is said."""
+    monkeypatch.setattr(airbench94_muon, 'what_compiling_lacks', lambda device: lacks)
+    monkeypatch.setattr(torch, 'device', lambda text: SimpleNamespace(type=text))
+    monkeypatch.setattr(torch, 'empty', lambda *args, **options: torch.zeros(1))
+    monkeypatch.setattr(sys, 'argv', ['airbench94_muon.py', '--device', device, *words])
+    assert airbench94_muon.parse_arguments().h['compile'] is expected
+    note = f'note: not compiled, so slower. {lacks}\n' if lacks else ''
+    assert capsys.readouterr() == ('', note)
+
+
+def test_the_command_line_says_what_it_lacks_to_compile(monkeypatch):
+    monkeypatch.setattr(airbench94_muon, 'what_compiling_lacks', lambda device: 'no Triton')
+    monkeypatch.setattr(sys, 'argv', ['airbench94_muon.py', '--device', 'cpu', '--compile', 'True'])
+    with pytest.raises(ValueError, match='no Triton'):
+        airbench94_muon.parse_arguments()
 
 
 ON_CUDA = """

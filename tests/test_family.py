@@ -28,7 +28,7 @@ COMPILING = {
     'captured_steps',
     'captured_step',
     'one_at_a_time',
-    'check_compiler',
+    'what_compiling_lacks',
 }
 OWN = {
     'airbench94_muon': {
