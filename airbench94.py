@@ -7,8 +7,8 @@ The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GP
 2404.00498), called "the paper" below. This is its base recipe: three blocks of two convolutions
 each, trained for 9.9 epochs.
 
-It needs PyTorch 2.6 or newer, and torchvision to download the data. The README has a trial of 15
-seconds that downloads nothing. --help lists the options.
+It needs PyTorch 2.6 or newer, and torchvision to download the data. The README has a trial of
+airbench94.py that downloads nothing. --help lists the options.
 """
 
 import argparse
@@ -989,7 +989,7 @@ def parse_arguments():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--runs', type=int,
-        help='with seeds SEED, SEED + 1 and so on (default: 25 on CUDA, else 1)')
+        help='how many, of the seeds SEED, SEED + 1 and so on (default: 25 on CUDA, else 1)')
     add('--seed', type=int, help='of the first run (default: 0, or that of the log)')
     add('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10)')
     add('--device', type=device, default=DEVICE, help='(default: cuda if there is one, else cpu)')

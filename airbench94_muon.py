@@ -2,7 +2,7 @@
 Trains a network to 94% test accuracy on CIFAR-10.
 
 94.14% in the mean of 25 runs of 3.06 s on an NVIDIA H200; 0.24 PFLOPs a run (results/README.md).
-That was before the script could be compiled.
+That was before it was compiled, for which it needs a C++ compiler and, on CUDA, Triton.
 
 The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv
 2404.00498), called "the paper" below. Relative to airbench94.py:
@@ -16,8 +16,8 @@ The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GP
 The recipe was searched for on the test set (results/search_94_muon). The accuracies that are
 reported are of other seeds than the search's.
 
-It needs PyTorch 2.6 or newer, and torchvision to download the data. The README has a trial of 15
-seconds that downloads nothing. --help lists the options.
+It needs PyTorch 2.6 or newer, and torchvision to download the data. The README has a trial of
+airbench94.py that downloads nothing. --help lists the options.
 """
 
 import argparse
@@ -1351,7 +1351,7 @@ def parse_arguments():
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--runs', type=int,
-        help='with seeds SEED, SEED + 1 and so on (default: 25 on CUDA, else 1)')
+        help='how many, of the seeds SEED, SEED + 1 and so on (default: 25 on CUDA, else 1)')
     add('--seed', type=int, help='of the first run (default: 0, or that of the log)')
     add('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10)')
     add('--device', type=device, default=DEVICE, help='(default: cuda if there is one, else cpu)')

@@ -18,7 +18,11 @@ import math
 import statistics
 import sys
 
-from scipy import stats
+try:
+    from scipy import stats
+except ImportError:
+    print('summarize: error: there is no scipy: pip install scipy', file=sys.stderr)
+    sys.exit(2)
 
 SAME = ('script', 'dtype', 'data')
 KEYS = dict(

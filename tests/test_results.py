@@ -137,6 +137,18 @@ def test_the_readme_says_how_long_a_cpu_takes():
     ) in text
 
 
+def test_the_readmes_std_and_power():
+    from scipy import stats
+
+    text = ' '.join((ROOT / 'README.md').read_text().split())
+    std = summarize.summarize(summarize.read_logs([RESULTS / 'airbench94' / 'h200.jsonl'])[1])[
+        'std'
+    ]
+    assert f'a std of about {100 * std:.2f} points' in text
+    power = stats.norm.cdf(0.001 / (std * (2 / 50) ** 0.5) - stats.norm.ppf(0.975))
+    assert f'a difference of 0.1 points {int(100 * power)} times in 100' in text
+
+
 def test_the_readme_is_short_before_the_method():
     assert len((ROOT / 'README.md').read_text().split('## Method')[0].split()) <= 900
 
