@@ -244,6 +244,14 @@ def test_the_times_in_turn_follow_from_the_logs():
     assert amax['n'] == 8 and f'eight runs took {amax["seconds"]:.2f} s' in text
 
 
+def test_the_run_with_new_bits_is_as_said():
+    folder = RESULTS / 'airbench94_muon'
+    header, (run,) = summarize.read_logs([folder / 'new_bits.jsonl'])
+    assert header['data'] == CIFAR10 and run['seed'] == 600 and f'{run["pflops"]:.3f}' == '0.239'
+    text = ' '.join((folder / 'README.md').read_text().split())
+    assert f'The one run since then has {100 * run["tta_val_acc"]:.2f}%' in text
+
+
 def test_each_log_is_explained():
     folders = [folder for folder in RESULTS.iterdir() if folder.is_dir() and folder.name[0] != '_']
     assert len(folders) == 8
