@@ -531,7 +531,7 @@ def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype
 
 class CapturedStep:
     """
-    A step of training as one launch, so that a GPU never waits for the host.
+    A step of training as one launch, instead of one for each kernel.
 
     The kernels of the forward pass, the loss, the backward pass and the optimizers are recorded as
     a CUDA graph, once for each kind of step: a size of the images, with the whitening bias trained
