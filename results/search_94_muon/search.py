@@ -79,6 +79,9 @@ base = dict(
     ema=None,
     # block 1 trains for this share of the steps, its lr falling to 0, and then has no backward pass
     freeze=1.0,
+    # this share of each batch has a backward pass through block 1 and the whitening layer, and is
+    # normalised there by its own mean and variance
+    block1_share=1.0,
     # [start, share]: then the share of images with least loss, when last seen, is skipped every
     # other time
     prune=None,
@@ -174,6 +177,7 @@ class Net(nn.Module):
         with torch.no_grad():
             self.linear.weight /= self.linear.weight.std()
         self.head, self.dropout = h.head, nn.Dropout(h.dropout)
+        self.block1_share = h.block1_share
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
@@ -183,7 +187,14 @@ class Net(nn.Module):
             if x.device.type == DEVICE and DTYPE == torch.bfloat16
             else nullcontext()
         ):
-            x = self.blocks(F.gelu(self.whiten(x)))
+            if self.training and self.block1_share < 1:
+                n = round(self.block1_share * len(x))
+                first = self.blocks[0](F.gelu(self.whiten(x[:n])))
+                with torch.no_grad():
+                    rest = self.blocks[0](F.gelu(self.whiten(x[n:])))
+                x = self.blocks[1:](torch.cat((first, rest)))
+            else:
+                x = self.blocks(F.gelu(self.whiten(x)))
             x = x.amax((2, 3)) if self.head == 'max' else (x.amax((2, 3)) + x.mean((2, 3))) / 2
             x = self.linear(self.dropout(x))
         return x.float() / self.linear.in_features
@@ -333,10 +344,8 @@ def run(changes, seed):
     tta = (2 + 16 * h.tta_share) * 10000 * last[0]
 
     def cost(size, batch_size, frac):
-        return (
-            batch_size * (3 * flops[size][0] - (2 * flops[size][2] if frac >= h.freeze else 0))
-            + muon
-        )
+        share = 0 if frac >= h.freeze else h.block1_share
+        return batch_size * (3 * flops[size][0] - 2 * (1 - share) * flops[size][2]) + muon
 
     grid = [(i + 0.5) / 1000 for i in range(1000)]
     steps = round(
@@ -406,6 +415,10 @@ def run(changes, seed):
             for p in filters:
                 p.grad = None
             loss.backward()
+            if h.block1_share < 1:  # the loss is a sum over the batch
+                for p in sgd.param_groups[0]['params'] + biases:
+                    if p.grad is not None and names[p].startswith(('whiten', 'blocks.0')):
+                        p.grad.div_(h.block1_share)
             sgd.step()
             with torch.no_grad():
                 for p, buffer in zip(filters, moment, strict=True):
