@@ -31,6 +31,7 @@ base = dict(
     # images, then has half the scatter from seed to seed
     train_images=50000,
     muon_lr=0.24,
+    block_lrs=[1.0, 1.0, 1.0],  # times muon_lr, of each block
     muon_momentum=0.6,
     ns_steps=3,
     ns_coefficients=[3.4445, -4.7750, 2.0315],
@@ -446,9 +447,10 @@ def run(changes, seed):
                         p.mul_(len(p) ** 0.5 / p.norm())
                     update = orthogonalize(grad.flatten(1), h.ns_steps, h.ns_coefficients)
                     decayed = 1 - step / (h.freeze * steps) if early else factor
+                    lr = h.muon_lr * h.block_lrs[int(names[p].split('.')[1])]
                     p.add_(
                         update.view_as(p).to(p.dtype),
-                        alpha=-(h.gate_lr if gate else h.muon_lr) * decayed,
+                        alpha=-(h.gate_lr if gate else lr) * decayed,
                     )
             losses.append(loss.detach() / len(y))
             accs.append((logits.detach().argmax(1) == y).float().mean())
