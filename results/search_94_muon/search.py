@@ -248,16 +248,20 @@ def forward_flops(h, size):
     return counter.get_total_flops(), muon_flops(shapes, h.ns_steps), block.get_total_flops()
 
 
-def views_shift(images, size, dy, dx):
-    padded, first = F.pad(images, (1,) * 4, mode='reflect'), 1 + (32 - size) // 2
-    return padded[..., first + dy : first + size + dy, first + dx : first + size + dx]
+def views_shift(images, size, how, dy, dx):
+    reduced = how in ('area', 'bilinear')
+    side = 32 if reduced else size
+    padded, first = F.pad(images, (1,) * 4, mode='reflect'), 1 + (32 - side) // 2
+    view = padded[..., first + dy : first + side + dy, first + dx : first + side + dx]
+    return F.interpolate(view, size=size, mode=how) if reduced else view
 
 
 @torch.no_grad()
 def evaluate(net, h):
     net.eval()
-    (whole, labels), size = data['test'], h.stages[-1][1]
-    images = views_shift(whole, size, 0, 0)
+    whole, labels = data['test']
+    size, how = h.stages[-1][1:3]
+    images = views_shift(whole, size, how, 0, 0)
 
     def logits_of(images, view=lambda x: x):
         return torch.cat([net(view(chunk)) for chunk in images.split(1000)])
@@ -270,7 +274,7 @@ def evaluate(net, h):
     hard = margin.argsort()[: int(h.tta_share * len(labels))]
     total = mirror[hard] * 2
     for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
-        moved = torch.cat([views_shift(chunk, size, dy, dx) for chunk in whole[hard].split(1000)])
+        moved = views_shift(whole[hard], size, how, dy, dx)
         total += logits_of(moved) + logits_of(moved, lambda x: x.flip(-1))
     sel = mirror.clone()
     sel[hard] = total / 18
@@ -284,7 +288,7 @@ def evaluate(net, h):
     out['selective_views'] = 2 + 16 * h.tta_share
     held_out = [tensor[h.train_images :] for tensor in data['train']]
     if len(held_out[1]):
-        images = views_shift(held_out[0], size, 0, 0)
+        images = views_shift(held_out[0], size, how, 0, 0)
         logits = logits_of(images) + logits_of(images, lambda x: x.flip(-1))
         out['held_out'] = acc(logits, held_out[1])
         out['held_out_loss'] = min(
@@ -351,9 +355,8 @@ def run(changes, seed):
         [*stage, 2000][:4] for stage in h.stages
     ]  # the first runs' stages had no batch size
     flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages}}
-    last = flops[
-        h.stages[-1][1]
-    ]  # images are tested at the pixels of the last stage, from their centre
+    # Images are tested as in the last stage: their centre, or the whole image reduced.
+    last = flops[h.stages[-1][1]]
     muon = last[1]
     tta = (2 + 16 * h.tta_share) * 10000 * last[0]
 
