@@ -285,6 +285,10 @@ def search_runs():
     return list(map(json.loads, open(RESULTS / 'search_94_muon' / 'runs.jsonl')))
 
 
+def runs_on_half_of_the_data():
+    return list(map(json.loads, open(RESULTS / 'search_94_muon' / 'half.jsonl')))
+
+
 def test_the_frontier_follows_from_the_logs():
     names = ('cpu', 'h200', 'h200_amax', 'before_2x2')
     logs = (RESULTS / 'airbench94_muon' / f'{name}.jsonl' for name in names)
@@ -320,6 +324,7 @@ def test_the_report_of_the_search_is_short():
 def test_the_accuracies_in_the_report_of_the_search_are_logged_ones():
     logged = {f'{100 * run[key]:.2f}' for run in search_runs() for key in ('selective', 'mirror')
               if key in run}  # fmt: skip
+    logged |= {f'{100 * run["held_out"]:.2f}' for run in runs_on_half_of_the_data()}
     frontier = {row[2] for row in search_rows(6)}
     text = (RESULTS / 'search_94_muon' / 'README.md').read_text()
     assert set(re.findall(r'\b9\d\.\d\d\b', text)) <= logged | frontier
@@ -342,4 +347,20 @@ def test_the_table_of_the_search_is_its_log():
             pair,
             f'{100 * run["selective"]:.2f}',
             loss,
+        ]
+
+
+def test_the_table_of_the_runs_on_half_of_the_data_is_their_log():
+    rows = search_rows(7, 'half.md')
+    runs = runs_on_half_of_the_data()
+    assert len(rows) == len(runs) > 0
+    for row, run in zip(rows, runs, strict=True):
+        assert run['changes']['train_images'] == 25000
+        assert row[1:] == [
+            str(run['seed']),
+            str(run['steps']),
+            f'{100 * run["train_acc"]:.2f}',
+            f'{100 * run["selective"]:.2f}',
+            f'{100 * run["held_out"]:.2f}',
+            f'{run["held_out_loss"]:.4f}',
         ]
