@@ -93,6 +93,8 @@ base = dict(
     # other time
     prune=None,
     tta_share=0.25,
+    test=None,  # [pixels, how] of the tested images, if not those of the last stage
+    save=None,  # a file for the trained weights
 )
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -261,7 +263,7 @@ def views_shift(images, size, how, dy, dx):
 def evaluate(net, h):
     net.eval()
     whole, labels = data['test']
-    size, how = h.stages[-1][1:3]
+    size, how = h.test
     images = views_shift(whole, size, how, 0, 0)
 
     def logits_of(images, view=lambda x: x):
@@ -357,7 +359,8 @@ def run(changes, seed):
     ]  # the first runs' stages had no batch size
     flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages}}
     # Images are tested as in the last stage: their centre, or the whole image reduced.
-    last = flops[h.stages[-1][1]]
+    h.test = h.test or h.stages[-1][1:3]
+    last = forward_flops(h, h.test[0])
     muon = last[1]
     tta = (2 + 16 * h.tta_share) * 10000 * last[0]
 
@@ -473,6 +476,8 @@ def run(changes, seed):
     if DEVICE == 'cuda':
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
+    if h.save:
+        torch.save(net.state_dict(), h.save)
     return dict(
         changes=changes,
         seed=seed,
