@@ -9,7 +9,8 @@ while it runs. A line of LOG is a run: changes, seed, steps, PFLOPs (training, o
 test-time augmentation) and the accuracy without test-time augmentation, with the mirrored pair, and
 with `selective`: for the tta_share of the images that the pair leaves least sure, all nine
 one-pixel translations, mirrored. `budget`, in PFLOPs, sets the number of steps. With `train_images`
-below 50,000 there is `held_out` too, the accuracy of the other images with the mirrored pair.
+below 50,000 there is `held_out` too, the accuracy of the other images with the mirrored pair. With
+"save" the trained weights go to a file of that name.
 """
 
 import ctypes
@@ -94,7 +95,6 @@ base = dict(
     prune=None,
     tta_share=0.25,
     test=None,  # [pixels, how] of the tested images, if not those of the last stage
-    save=None,  # a file for the trained weights
 )
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -351,7 +351,7 @@ def lookahead_update(average, state, decay):
         fast.copy_(slow)
 
 
-def run(changes, seed):
+def run(changes, seed, save=None):
     h = SimpleNamespace(**base | changes)
     torch.manual_seed(seed)
     h.stages = [
@@ -476,8 +476,8 @@ def run(changes, seed):
     if DEVICE == 'cuda':
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    if h.save:
-        torch.save(net.state_dict(), h.save)
+    if save:
+        torch.save(net.state_dict(), save)
     return dict(
         changes=changes,
         seed=seed,
@@ -504,7 +504,7 @@ def main():
             time.sleep(5)
             continue
         changes = json.loads(lines[done])
-        record = run(changes, changes.pop('seed'))
+        record = run(changes, changes.pop('seed'), changes.pop('save', None))
         done += 1
         with open(log, 'a') as file:
             file.write(json.dumps(record) + '\n')
