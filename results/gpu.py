@@ -1,14 +1,19 @@
 """
-A quarter of an hour on a GPU: what a step waits for, and the timed series. Two calls:
+A quarter of an hour on a GPU: what a step waits for, the timed series, and a search. Three stages:
 
-    python results/gpu.py bench --out DIR --seconds 400                # needs no data
-    python results/gpu.py runs --out DIR --seconds 400 --data FOLDER   # the real data
+    python results/gpu.py bench --out DIR --seconds 350                # needs no data
+    python results/gpu.py runs --out DIR --seconds 300 --data FOLDER   # the real data
+    python results/gpu.py search --out DIR --seconds 150 --data FOLDER --seed 4000
 
-Each is a list of commands, the most important first. One that would not fit into the seconds that
-are left is skipped. After each of them all output and all logs are in DIR/bench.tar or
+The first two are lists of commands, the most important first. One that would not fit into the
+seconds that are left is skipped. After each of them all output and all logs are in DIR/bench.tar or
 DIR/runs.tar. Work and compile caches are in --work, where the second call finds those of the first.
 With --only NAME just the commands whose names contain it are run; with --tiny networks and batches
 are tiny, to try the program on a CPU.
+
+The search trains the candidates of search_94_muon/candidates.py for --target, each once a round,
+--processes at a time, and is stopped when its seconds are over. All runs that ended are in
+DIR/search.tar, and it prints the candidates by their mean accuracy.
 
 A probe (python results/gpu.py probe --script airbench94_muon --variant captured) times 20 steps of
 training on random images at each size and profiles five. It prints a line of JSON.
@@ -18,6 +23,7 @@ import argparse
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -229,14 +235,94 @@ def runs_plan(args):
     return plan
 
 
+# ---------------------------------------------- Search --------------------------------------------
+
+
+def search(args):
+    """Several processes of search.py, each with a share of the candidates' queue."""
+    start = time.monotonic()
+    folder = args.work / 'logs'
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(ROOT / 'results' / 'search_94_muon'))
+    module = importlib.import_module('candidates')
+    candidates = module.CANDIDATES[args.target]
+    if args.tiny:
+        first = list(candidates)[:2]
+        candidates = {name: shrunk(candidates[name]) for name in first}
+    names = {json.dumps(changes): name for name, changes in candidates.items()}
+    lines = module.queue(candidates, args.seed, args.rounds)
+    logs = [folder / f'search_{args.target}_{i}.jsonl' for i in range(args.processes)]
+    threads = max(1, os.cpu_count() // args.processes)
+    environment = dict(os.environ, PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(threads))
+    processes = []
+    for i, log in enumerate(logs):
+        queue = args.work / f'queue_{i}.jsonl'
+        queue.write_text('\n'.join(lines[i :: args.processes]) + '\n')
+        log.unlink(missing_ok=True)
+        program = str(ROOT / 'results' / 'search_94_muon' / 'search.py')
+        with open(log.with_suffix('.out'), 'w') as out:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, program, str(queue), str(log), args.data],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    runs = []
+    while time.monotonic() - start < args.seconds and len(runs) < len(lines):
+        time.sleep(1)
+        runs = [json.loads(line) for log in logs if log.exists() for line in whole_lines(log)]
+        if all(process.poll() is not None for process in processes):
+            break  # each has failed, as it never ends by itself
+    for process in processes:
+        process.kill()
+        process.wait()
+    pack(args)
+    accuracies = {}
+    for run in runs:
+        name = names[json.dumps(run['changes'])]
+        accuracies.setdefault(name, []).append(100 * run['selective'])
+    by_mean = sorted(accuracies.items(), key=lambda item: -statistics.mean(item[1]))
+    for name, values in by_mean:
+        print(f'{statistics.mean(values):.2f} in the mean of {len(values)}: {name}', flush=True)
+    seconds = time.monotonic() - start
+    print(f'{len(runs)} runs of {len(lines)} in {seconds:.0f} s', flush=True)
+    for log in logs:
+        for line in log.with_suffix('.out').read_text().splitlines()[-4:]:
+            print('    ' + line[:200], flush=True)
+
+
+def shrunk(changes):
+    """A candidate that trains 60 images on a tiny network for a second."""
+    stages = [[*stage, 20] for stage in changes['stages']]
+    return changes | dict(
+        budget=1e-4, train_images=60, mids=[8, 8, 8], widths=[8, 8, 8], stages=stages
+    )
+
+
+def whole_lines(log):
+    """The lines of a log that another process is writing."""
+    text = log.read_text()
+    return text[: text.rfind('\n') + 1].splitlines()
+
+
 # ----------------------------------------------- Main ---------------------------------------------
+
+
+def pack(args):
+    args.out.mkdir(parents=True, exist_ok=True)
+    part = args.out / f'{args.stage}.part'
+    with tarfile.open(part, 'w:gz') as tar:
+        tar.add(args.work / 'logs', 'logs')
+    part.replace(args.out / f'{args.stage}.tar')
 
 
 def run_all(plan, args):
     start = time.monotonic()
     folder = args.work / 'logs'
     folder.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     environment = dict(
         os.environ,
         PYTHONUNBUFFERED='1',
@@ -266,10 +352,7 @@ def run_all(plan, args):
         print(f'{name}: {code}, {time.monotonic() - begin:.0f} s', flush=True)
         for line in (folder / f'{name}.out').read_text().splitlines()[-4:]:
             print('    ' + summary_of(line), flush=True)
-        part = args.out / f'{args.stage}.part'
-        with tarfile.open(part, 'w:gz') as tar:
-            tar.add(folder, 'logs')
-        part.replace(args.out / f'{args.stage}.tar')
+        pack(args)
 
 
 def summary_of(line):
@@ -294,7 +377,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('stage', choices=('bench', 'runs', 'probe'))
+    add('stage', choices=('bench', 'runs', 'search', 'probe'))
     add('--out', type=Path, default=Path('gpu_out'))
     add('--seconds', type=float, default=400)
     add('--data', default='../shared/cifar10')
@@ -306,9 +389,14 @@ def main():
     add('--script', default='airbench94_muon')
     add('--variant', choices=VARIANTS, default='captured')
     add('--widths', type=int, nargs=3)
+    add('--target', choices=('94', '95'), default='94')
+    add('--processes', type=int, default=6)
+    add('--rounds', type=int, default=20)
     args = parser.parse_args()
     if args.stage == 'probe':
         probe(args)
+    elif args.stage == 'search':
+        search(args)
     else:
         run_all(bench_plan(args) if args.stage == 'bench' else runs_plan(args), args)
 

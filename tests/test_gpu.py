@@ -1,9 +1,11 @@
 """results/gpu.py, tried on a CPU with tiny settings: its plans, its logs, what it skips."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,47 @@ def test_a_series_in_turn(tmp_path):
     runs = [json.loads(line) for line in out['logs/gpu_airbench94_muon.jsonl'].splitlines()]
     assert [run['seed'] for run in runs] == [2000, 2000, 2001]
     assert runs[0]['type'] == 'header' and all(run['ready_seconds'] > 0 for run in runs[1:])
+
+
+def test_the_search(tmp_path):
+    for name, n in (('train.pt', 60), ('test.pt', 40)):
+        write_split(tmp_path / name, n, seed=0)
+    words = '--data', tmp_path, '--processes', '2', '--rounds', '2', '--seed', '7'
+    done = run(tmp_path, 'search', *words)
+    assert done.returncode == 0, done.stderr
+    first, second, last = done.stdout.splitlines()
+    shorter, longer = sorted((first, second), key=len)
+    assert re.fullmatch(r'\d+\.\d\d in the mean of 2: V', shorter)
+    assert re.fullmatch(r'\d+\.\d\d in the mean of 2: whole images of 24, 28, 32 px', longer)
+    assert float(first[:5]) >= float(second[:5]) and last.startswith('4 runs of 4 in ')
+    out = logs(tmp_path, 'search')
+    seeds = [json.loads(line)['seed'] for i in range(2)
+             for line in out[f'logs/search_94_{i}.jsonl'].splitlines()]  # fmt: skip
+    assert seeds == [7, 9, 8, 10]
+
+
+def test_a_search_that_fails_says_why(tmp_path):
+    done = run(tmp_path, 'search', '--data', tmp_path / 'absent', '--processes', '1')
+    assert done.stdout.startswith('0 runs of 40 in ') and 'absent' in done.stdout
+
+
+def test_candidates_have_the_compute_and_options_of_the_search():
+    sys.path.insert(0, str(ROOT / 'results' / 'search_94_muon'))
+    import candidates
+    import search
+
+    seeds = []
+    for target, budgets in (('94', {0.19}), ('95', {0.55, 0.7})):
+        named = candidates.CANDIDATES[target]
+        assert {changes['budget'] for changes in named.values()} == budgets
+        assert len({json.dumps(changes) for changes in named.values()}) == len(named)
+        for changes in named.values():
+            assert set(changes) <= set(search.base)
+            assert sum(share for share, *_ in changes['stages']) == pytest.approx(1)
+            search.forward_flops(SimpleNamespace(**search.base | changes), 24)
+        seeds += [json.loads(line)['seed'] for line in candidates.queue(named, 5, 2)]
+        assert seeds == list(range(5, 5 + 2 * len(named)))
+        seeds.clear()
 
 
 def test_the_plans_know_each_script(tmp_path):
