@@ -67,6 +67,7 @@ base = dict(
         [3, 3],
     ],  # the sides of each block's convolutions'; those of 2 are without padding
     unpadded=[[0, 0], [0, 0], [0, 0]],  # 1: that one, of 3, is without padding too
+    strided=[0, 0, 0],  # 1: the block has no pool, its first convolution moves by two pixels
     extra=[0, 0, 0],  # a third convolution in the block, with a residual
     pools=[
         '2x2',
@@ -77,7 +78,9 @@ base = dict(
     # positions
     gate=None,
     gate_lr=0.1,  # Muon's, of the gates' matrices
-    head='max',  # or maxavg: the mean of the maximum and the average over positions
+    # or maxavg: the mean of the maximum and the average over positions; or both: block 2's maxima
+    # too, beside block 3's
+    head='max',
     ghost=0,  # BatchNorm over so many images at a time
     dropout=0.0,  # of the features before the head
     cutout=0,  # pixels
@@ -118,8 +121,9 @@ def load(root):
         data[split] = images.to(DEVICE), d['labels'].to(DEVICE)
 
 
-def convolution(cin, cout, kernel=3, unpadded=0):
-    conv = nn.Conv2d(cin, cout, kernel, padding=0 if unpadded else kernel // 3, bias=False)
+def convolution(cin, cout, kernel=3, unpadded=0, stride=1):
+    padding = 0 if unpadded else kernel // 3
+    conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
     nn.init.dirac_(conv.weight.data[:cin])
     return conv
 
@@ -142,6 +146,8 @@ def norm(channels, h):
 
 
 def pool(x, how):
+    if how == 'none':
+        return x
     if how == 'to 3x3':
         return F.adaptive_max_pool2d(x, 3)
     if how == '3x3':
@@ -155,11 +161,12 @@ class Block(nn.Module):
     def __init__(self, cin, cout, h, i):
         super().__init__()
         self.pool_first, middle = h.pool_first[i], h.mids[i] if h.mids else cout
-        sides, unpadded = h.kernels[i], h.unpadded[i]
-        self.conv1, self.norm1 = convolution(cin, middle, sides[0], unpadded[0]), norm(middle, h)
+        sides, unpadded, stride = h.kernels[i], h.unpadded[i], 1 + h.strided[i]
+        self.conv1 = convolution(cin, middle, sides[0], unpadded[0], stride)
+        self.norm1 = norm(middle, h)
         self.conv2, self.norm2 = convolution(middle, cout, sides[1], unpadded[1]), norm(cout, h)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
-        self.gate, self.pool = h.gate, h.pools[i]
+        self.gate, self.pool = h.gate, 'none' if h.strided[i] else h.pools[i]
         if h.gate:
             self.gate_weight = nn.Parameter(torch.zeros(cout, cout))
         if h.extra[i]:
@@ -182,7 +189,7 @@ class Net(nn.Module):
         nn.init.zeros_(self.whiten.bias)
         channels = [24, *h.widths]
         self.blocks = nn.Sequential(*(Block(channels[i], channels[i + 1], h, i) for i in range(3)))
-        self.linear = nn.Linear(h.widths[-1], 10, bias=False)
+        self.linear = nn.Linear(h.widths[-1] + (h.head == 'both') * h.widths[1], 10, bias=False)
         with torch.no_grad():
             self.linear.weight /= self.linear.weight.std()
         self.head, self.dropout = h.head, nn.Dropout(h.dropout)
@@ -196,7 +203,10 @@ class Net(nn.Module):
             if x.device.type == DEVICE and DTYPE == torch.bfloat16
             else nullcontext()
         ):
-            if self.training and self.block1_share < 1:
+            if self.head == 'both':
+                x2 = self.blocks[:2](F.gelu(self.whiten(x)))
+                x = self.blocks[2](x2)
+            elif self.training and self.block1_share < 1:
                 n = round(self.block1_share * len(x))
                 first = self.blocks[0](F.gelu(self.whiten(x[:n])))
                 with torch.no_grad():
@@ -204,7 +214,12 @@ class Net(nn.Module):
                 x = self.blocks[1:](torch.cat((first, rest)))
             else:
                 x = self.blocks(F.gelu(self.whiten(x)))
-            x = x.amax((2, 3)) if self.head == 'max' else (x.amax((2, 3)) + x.mean((2, 3))) / 2
+            if self.head == 'maxavg':
+                x = (x.amax((2, 3)) + x.mean((2, 3))) / 2
+            else:
+                x = x.amax((2, 3))
+            if self.head == 'both':
+                x = torch.cat((x, x2.amax((2, 3))), 1)
             x = self.linear(self.dropout(x))
         return x.float() / self.linear.in_features
 
