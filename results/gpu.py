@@ -271,14 +271,16 @@ def search(args):
                 )
             )
     runs = []
-    while time.monotonic() - start < args.seconds and len(runs) < len(lines):
-        time.sleep(1)
-        runs = [json.loads(line) for log in logs if log.exists() for line in whole_lines(log)]
-        if all(process.poll() is not None for process in processes):
-            break  # each has failed, as it never ends by itself
-    for process in processes:
-        process.kill()
-        process.wait()
+    try:
+        while time.monotonic() - start < args.seconds and len(runs) < len(lines):
+            time.sleep(1)
+            runs = [json.loads(line) for log in logs if log.exists() for line in whole_lines(log)]
+            if all(process.poll() is not None for process in processes):
+                break  # each has failed, as it never ends by itself
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     pack(args)
     accuracies = {}
     for run in runs:

@@ -105,12 +105,11 @@ def test_a_search_that_fails_says_why(tmp_path):
     assert done.stdout.startswith('0 runs of 40 in ') and 'absent' in done.stdout
 
 
-def test_candidates_have_the_compute_and_options_of_the_search():
-    sys.path.insert(0, str(ROOT / 'results' / 'search_94_muon'))
+def test_candidates_have_the_compute_and_options_of_the_search(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'results' / 'search_94_muon')
     import candidates
     import search
 
-    seeds = []
     for target, budgets in (('94', {0.19}), ('95', {0.55, 0.7})):
         named = candidates.CANDIDATES[target]
         assert {changes['budget'] for changes in named.values()} == budgets
@@ -119,9 +118,8 @@ def test_candidates_have_the_compute_and_options_of_the_search():
             assert set(changes) <= set(search.base)
             assert sum(share for share, *_ in changes['stages']) == pytest.approx(1)
             search.forward_flops(SimpleNamespace(**search.base | changes), 24)
-        seeds += [json.loads(line)['seed'] for line in candidates.queue(named, 5, 2)]
+        seeds = [json.loads(line)['seed'] for line in candidates.queue(named, 5, 2)]
         assert seeds == list(range(5, 5 + 2 * len(named)))
-        seeds.clear()
 
 
 def test_the_plans_know_each_script(tmp_path):

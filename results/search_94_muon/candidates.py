@@ -66,7 +66,7 @@ FOR_94 = {
     'translation by 3': R | dict(translate=3),
 }
 
-# The recipe scaled: 1.33 times the channels, and a compute that gives it about 25 epochs.
+# The recipe scaled: 1.33 times the channels, and a compute that gives it 27 epochs.
 WIDE = R | dict(budget=0.7, mids=[64, 192, 512], widths=[96, 384, 512])
 
 FOR_95 = {

@@ -97,7 +97,6 @@ base = dict(
     # other time
     prune=None,
     tta_share=0.25,
-    test=None,  # [pixels, how] of the tested images, if not those of the last stage
 )
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -204,8 +203,8 @@ class Net(nn.Module):
             else nullcontext()
         ):
             if self.head == 'both':
-                x2 = self.blocks[:2](F.gelu(self.whiten(x)))
-                x = self.blocks[2](x2)
+                of_block2 = self.blocks[:2](F.gelu(self.whiten(x)))
+                x = self.blocks[2](of_block2)
             elif self.training and self.block1_share < 1:
                 n = round(self.block1_share * len(x))
                 first = self.blocks[0](F.gelu(self.whiten(x[:n])))
@@ -219,7 +218,7 @@ class Net(nn.Module):
             else:
                 x = x.amax((2, 3))
             if self.head == 'both':
-                x = torch.cat((x, x2.amax((2, 3))), 1)
+                x = torch.cat((x, of_block2.amax((2, 3))), 1)
             x = self.linear(self.dropout(x))
         return x.float() / self.linear.in_features
 
@@ -278,7 +277,7 @@ def views_shift(images, size, how, dy, dx):
 def evaluate(net, h):
     net.eval()
     whole, labels = data['test']
-    size, how = h.test
+    size, how = h.stages[-1][1:3]
     images = views_shift(whole, size, how, 0, 0)
 
     def logits_of(images, view=lambda x: x):
@@ -374,8 +373,7 @@ def run(changes, seed, save=None):
     ]  # the first runs' stages had no batch size
     flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages}}
     # Images are tested as in the last stage: their centre, or the whole image reduced.
-    h.test = h.test or h.stages[-1][1:3]
-    last = forward_flops(h, h.test[0])
+    last = flops[h.stages[-1][1]]
     muon = last[1]
     tta = (2 + 16 * h.tta_share) * 10000 * last[0]
 
