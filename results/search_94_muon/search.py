@@ -38,6 +38,10 @@ base = dict(
     ns_steps=3,
     ns_coefficients=[3.4445, -4.7750, 2.0315],
     renorm=1,
+    row_norm=False,  # each filter gets norm 1 for that, not a layer's whole weight the norm's mean
+    # decay of the mean square of each filter's update, which the update is divided by (NorMuon,
+    # arXiv 2510.05491), its norm kept
+    normuon=0.0,
     sgd_momentum=0.85,
     bias_lr=0.053,
     head_lr=0.67,
@@ -68,6 +72,7 @@ base = dict(
     ],  # the sides of each block's convolutions'; those of 2 are without padding
     unpadded=[[0, 0], [0, 0], [0, 0]],  # 1: that one, of 3, is without padding too
     strided=[0, 0, 0],  # 1: the block has no pool, its first convolution moves by two pixels
+    groups=[[1, 1], [1, 1], [1, 1]],  # of channels, of each block's convolutions
     extra=[0, 0, 0],  # a third convolution in the block, with a residual
     pools=[
         '2x2',
@@ -86,6 +91,9 @@ base = dict(
     cutout=0,  # pixels
     lr_end=0.0,  # share of the peak
     lr_power=1.0,  # of the share of the steps that are left
+    # [share of the steps, share of the peak]: at last the lr is constant, with a Lookahead every 4
+    # steps of decay 0.7
+    tail=None,
     # [start, decay]: from this share of the steps, the average of the weights that is tested
     ema=None,
     # block 1 trains for this share of the steps, its lr falling to 0, and then has no backward pass
@@ -120,10 +128,11 @@ def load(root):
         data[split] = images.to(DEVICE), d['labels'].to(DEVICE)
 
 
-def convolution(cin, cout, kernel=3, unpadded=0, stride=1):
+def convolution(cin, cout, kernel=3, unpadded=0, stride=1, groups=1):
     padding = 0 if unpadded else kernel // 3
-    conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
-    nn.init.dirac_(conv.weight.data[:cin])
+    conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False, groups=groups)
+    for weight in conv.weight.data.chunk(groups):
+        nn.init.dirac_(weight[: cin // groups])
     return conv
 
 
@@ -160,10 +169,12 @@ class Block(nn.Module):
     def __init__(self, cin, cout, h, i):
         super().__init__()
         self.pool_first, middle = h.pool_first[i], h.mids[i] if h.mids else cout
-        sides, unpadded, stride = h.kernels[i], h.unpadded[i], 1 + h.strided[i]
-        self.conv1 = convolution(cin, middle, sides[0], unpadded[0], stride)
+        sides, unpadded, groups = h.kernels[i], h.unpadded[i], h.groups[i]
+        stride = 1 + h.strided[i]
+        self.conv1 = convolution(cin, middle, sides[0], unpadded[0], stride, groups[0])
         self.norm1 = norm(middle, h)
-        self.conv2, self.norm2 = convolution(middle, cout, sides[1], unpadded[1]), norm(cout, h)
+        self.conv2 = convolution(middle, cout, sides[1], unpadded[1], 1, groups[1])
+        self.norm2 = norm(cout, h)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
         self.gate, self.pool = h.gate, 'none' if h.strided[i] else h.pools[i]
         if h.gate:
@@ -243,11 +254,21 @@ def orthogonalize(g, steps, coefficients):
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
-def muon_flops(shapes, steps):
+def filters_of(net):
+    """What Muon trains: each weight, and of how many groups of channels it is."""
+    groups = {conv.weight: conv.groups for conv in net.modules() if isinstance(conv, nn.Conv2d)}
+    return {
+        p: groups.get(p, 1)
+        for name, p in net.named_parameters()
+        if (p.ndim == 4 or 'gate' in name) and p.requires_grad
+    }
+
+
+def muon_flops(filters, steps):
     total = 0
-    for shape in shapes:
-        m, n = sorted((shape[0], math.prod(shape[1:])))
-        total += steps * (2 * m * m * n * 2 + 2 * m**3)
+    for p, groups in filters.items():
+        m, n = sorted((p.shape[0] // groups, math.prod(p.shape[1:])))
+        total += groups * steps * (2 * m * m * n * 2 + 2 * m**3)
     return total
 
 
@@ -255,14 +276,13 @@ def forward_flops(h, size):
     net = Net(h).to('meta').eval()  # as BatchNorm refuses a single value of a channel to train on
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(1, 3, size, size, device='meta'))
-    shapes = [
-        p.shape
-        for name, p in net.named_parameters()
-        if (p.ndim == 4 or 'gate' in name) and p.requires_grad
-    ]
     with torch.no_grad(), FlopCounterMode(display=False) as block:
         net.blocks[0](net.whiten(torch.empty(1, 3, size, size, device='meta')))
-    return counter.get_total_flops(), muon_flops(shapes, h.ns_steps), block.get_total_flops()
+    return (
+        counter.get_total_flops(),
+        muon_flops(filters_of(net), h.ns_steps),
+        block.get_total_flops(),
+    )
 
 
 def views_shift(images, size, how, dy, dx):
@@ -393,11 +413,7 @@ def run(changes, seed, save=None):
     )
 
     net = Net(h).to(DEVICE).train()
-    filters = [
-        p
-        for name, p in net.named_parameters()
-        if (p.ndim == 4 or 'gate' in name) and p.requires_grad
-    ]
+    filters = filters_of(net)
     biases = [p for name, p in net.named_parameters() if 'norm' in name and p.requires_grad]
     decay, peaks = h.weight_decay * 2000, [h.bias_lr, h.bias_lr, h.head_lr]
     sgd = torch.optim.SGD(
@@ -412,6 +428,7 @@ def run(changes, seed, save=None):
         fused=True,
     )
     moment = [torch.zeros_like(p) for p in filters]
+    second = [torch.zeros(len(p), 1, device=DEVICE) for p in filters]
     state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
     average = [tensor.clone() for tensor in state]
     start = time.perf_counter()
@@ -431,10 +448,10 @@ def run(changes, seed, save=None):
         for x, y, idx in batches(h, flip_mask, order, size, how, batch_size):
             if step >= steps or stage_of(h, step / steps) != [size, how, batch_size]:
                 break
-            factor, whitened = (
-                h.lr_end + (1 - h.lr_end) * (1 - step / steps) ** h.lr_power,
-                seen / (h.whiten_bias_epochs * h.train_images),
-            )
+            whitened = seen / (h.whiten_bias_epochs * h.train_images)
+            length, lr_end = (1 - h.tail[0], h.tail[1]) if h.tail else (1, h.lr_end)
+            left = max(0, 1 - step / (length * steps))
+            factor = lr_end + (1 - lr_end) * left**h.lr_power
             frozen = step >= h.freeze * steps
             if frozen:
                 net.blocks[0].requires_grad_(False)
@@ -456,7 +473,7 @@ def run(changes, seed, save=None):
                         p.grad.div_(h.block1_share)
             sgd.step()
             with torch.no_grad():
-                for p, buffer in zip(filters, moment, strict=True):
+                for p, buffer, mean_square in zip(filters, moment, second, strict=True):
                     early = h.freeze < 1 and names[p].startswith('blocks.0')
                     if early and frozen:
                         continue
@@ -464,8 +481,17 @@ def run(changes, seed, save=None):
                     grad = p.grad.add(buffer, alpha=h.muon_momentum)
                     gate = 'gate' in names[p]
                     if step % h.renorm == 0 and not gate:
-                        p.mul_(len(p) ** 0.5 / p.norm())
-                    update = orthogonalize(grad.flatten(1), h.ns_steps, h.ns_coefficients)
+                        if h.row_norm:
+                            p.div_(p.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+                        else:
+                            p.mul_(len(p) ** 0.5 / p.norm())
+                    update = grad.flatten(1).unflatten(0, (filters[p], -1))
+                    update = orthogonalize(update, h.ns_steps, h.ns_coefficients).flatten(0, 1)
+                    if h.normuon:
+                        size_before = update.norm()
+                        mean_square.lerp_(update.square().mean(1, keepdim=True), 1 - h.normuon)
+                        update = update / (mean_square.sqrt() + 1e-8)
+                        update = update * (size_before / update.norm())
                     decayed = 1 - step / (h.freeze * steps) if early else factor
                     lr = h.muon_lr * h.block_lrs[int(names[p].split('.')[1])]
                     p.add_(
@@ -483,6 +509,11 @@ def run(changes, seed, save=None):
                 for slow, fast in zip(average, state, strict=True):
                     slow.lerp_(fast, 1 - h.ema[1] if averaging else 1.0)
                 averaging = True
+            if h.tail and not averaging and left == 0:
+                lookahead_update(average, state, 0.0)
+                averaging = True
+            elif h.tail and averaging and (steps - step) % 4 == 0:
+                lookahead_update(average, state, 0.7)
         flip_mask[order] ^= True  # up to the run of seed 1428: also those that `prune` had skipped
     if h.lookahead or h.ema:
         lookahead_update(average, state, 1.0)
