@@ -11,9 +11,9 @@ DIR/runs.tar. Work and compile caches are in --work, where the second call finds
 With --only NAME just the commands whose names contain it are run; with --tiny networks and batches
 are tiny, to try the program on a CPU.
 
-The search trains the candidates of search_94_muon/candidates.py for --target, each once a round,
---processes at a time, and is stopped when its seconds are over. All runs that ended are in
-DIR/search.tar, and it prints the candidates by their mean accuracy.
+The search trains what search_94_muon/candidates.py has for --target, --processes at a time, and is
+stopped when its seconds are over. All runs that ended are in DIR/search.tar, and it prints what
+each change added to the accuracy.
 
 A probe (python results/gpu.py probe --script airbench94_muon --variant captured) times 20 steps of
 training on random images at each size and profiles five. It prints a line of JSON.
@@ -23,7 +23,6 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -239,18 +238,17 @@ def runs_plan(args):
 
 
 def search(args):
-    """Several processes of search.py, each with a share of the candidates' queue."""
+    """Several processes of search.py, each with a share of the runs."""
     start = time.monotonic()
     folder = args.work / 'logs'
     folder.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT / 'results' / 'search_94_muon'))
-    module = importlib.import_module('candidates')
-    candidates = module.CANDIDATES[args.target]
+    candidates = importlib.import_module('candidates')
     if args.tiny:
-        first = list(candidates)[:2]
-        candidates = {name: shrunk(candidates[name]) for name in first}
-    names = {json.dumps(changes): name for name, changes in candidates.items()}
-    lines = module.queue(candidates, args.seed, args.rounds)
+        base, factors = candidates.TARGETS[args.target]
+        first = dict(list(factors.items())[:2])
+        candidates.TARGETS[args.target] = shrunk(base), first
+    lines = candidates.queue(args.target, args.runs, args.seed)
     logs = [folder / f'search_{args.target}_{i}.jsonl' for i in range(args.processes)]
     threads = max(1, os.cpu_count() // args.processes)
     environment = dict(os.environ, PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(threads))
@@ -282,13 +280,8 @@ def search(args):
             process.kill()
             process.wait()
     pack(args)
-    accuracies = {}
-    for run in runs:
-        name = names[json.dumps(run['changes'])]
-        accuracies.setdefault(name, []).append(100 * run['selective'])
-    by_mean = sorted(accuracies.items(), key=lambda item: -statistics.mean(item[1]))
-    for name, values in by_mean:
-        print(f'{statistics.mean(values):.2f} in the mean of {len(values)}: {name}', flush=True)
+    for line in candidates.report(args.target, runs, 'selective'):
+        print(line, flush=True)
     seconds = time.monotonic() - start
     print(f'{len(runs)} runs of {len(lines)} in {seconds:.0f} s', flush=True)
     for log in logs:
@@ -297,7 +290,7 @@ def search(args):
 
 
 def shrunk(changes):
-    """A candidate that trains 60 images on a tiny network for a second."""
+    """A recipe that trains 60 images on a tiny network for a second."""
     stages = [[*stage, 20] for stage in changes['stages']]
     return changes | dict(
         budget=1e-4, train_images=60, mids=[8, 8, 8], widths=[8, 8, 8], stages=stages
@@ -393,7 +386,7 @@ def main():
     add('--widths', type=int, nargs=3)
     add('--target', choices=('94', '95'), default='94')
     add('--processes', type=int, default=6)
-    add('--rounds', type=int, default=20)
+    add('--runs', type=int, default=320)
     args = parser.parse_args()
     if args.stage == 'probe':
         probe(args)

@@ -1,5 +1,6 @@
 """results/gpu.py, tried on a CPU with tiny settings: its plans, its logs, what it skips."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -86,40 +87,81 @@ def test_a_series_in_turn(tmp_path):
 def test_the_search(tmp_path):
     for name, n in (('train.pt', 60), ('test.pt', 40)):
         write_split(tmp_path / name, n, seed=0)
-    words = '--data', tmp_path, '--processes', '2', '--rounds', '2', '--seed', '7'
+    words = '--data', tmp_path, '--processes', '2', '--runs', '8', '--seed', '7'
     done = run(tmp_path, 'search', *words)
     assert done.returncode == 0, done.stderr
-    first, second, last = done.stdout.splitlines()
-    shorter, longer = sorted((first, second), key=len)
-    assert re.fullmatch(r'\d+\.\d\d in the mean of 2: V', shorter)
-    assert re.fullmatch(r'\d+\.\d\d in the mean of 2: whole images of 24, 28, 32 px', longer)
-    assert float(first[:5]) >= float(second[:5]) and last.startswith('4 runs of 4 in ')
+    base, first, second, last = done.stdout.splitlines()
+    assert re.fullmatch(r'\d+\.\d\d ± \d+\.\d\d with no change, from 8 runs', base)
+    assert float(first.split()[0]) >= float(second.split()[0])
+    for name in ('NorMuon', 'each filter normalised'):
+        line = rf'[+-]\d+\.\d\d ± \d+\.\d\d by {name} \(\d runs\)'
+        assert re.fullmatch(line, first) or re.fullmatch(line, second)
+    assert last.startswith('8 runs of 8 in ')
     out = logs(tmp_path, 'search')
     seeds = [json.loads(line)['seed'] for i in range(2)
              for line in out[f'logs/search_94_{i}.jsonl'].splitlines()]  # fmt: skip
-    assert seeds == [7, 9, 8, 10]
+    assert seeds == [7, 9, 11, 13, 8, 10, 12, 14]
 
 
 def test_a_search_that_fails_says_why(tmp_path):
     done = run(tmp_path, 'search', '--data', tmp_path / 'absent', '--processes', '1')
-    assert done.stdout.startswith('0 runs of 40 in ') and 'absent' in done.stdout
+    assert done.stdout.startswith('0 runs of 320 in ') and 'absent' in done.stdout
 
 
-def test_candidates_have_the_compute_and_options_of_the_search(monkeypatch):
+@pytest.fixture
+def candidates(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / 'results' / 'search_94_muon')
-    import candidates
-    import search
+    return importlib.import_module('candidates')
 
-    for target, budgets in (('94', {0.19}), ('95', {0.55, 0.7})):
-        named = candidates.CANDIDATES[target]
-        assert {changes['budget'] for changes in named.values()} == budgets
-        assert len({json.dumps(changes) for changes in named.values()}) == len(named)
-        for changes in named.values():
-            assert set(changes) <= set(search.base)
-            assert sum(share for share, *_ in changes['stages']) == pytest.approx(1)
-            search.forward_flops(SimpleNamespace(**search.base | changes), 24)
-        seeds = [json.loads(line)['seed'] for line in candidates.queue(named, 5, 2)]
-        assert seeds == list(range(5, 5 + 2 * len(named)))
+
+@pytest.mark.parametrize('half', (False, True))
+@pytest.mark.parametrize('target', ('94', '95'))
+def test_candidates_are_recipes_of_the_search(candidates, target, half):
+    search = importlib.import_module('search')
+    for names in ([], *([name] for name in candidates.TARGETS[target][1])):
+        changes = candidates.recipe(target, names, half)
+        assert set(changes) <= set(search.base)
+        assert sum(share for share, *_ in changes['stages']) == pytest.approx(1)
+        search.forward_flops(SimpleNamespace(**search.base | changes), 24)
+        assert candidates.changes_on(target, changes, half) == names
+    assert candidates.changes_on(target, changes | dict(translate=1), half) is None
+    lines = map(json.loads, candidates.queue(target, 40, 5, half))
+    assert [line['seed'] for line in lines] == list(range(5, 45))
+
+
+def test_a_design_tells_the_changes_apart(candidates):
+    names = list(candidates.FACTORS_94)
+    runs = candidates.design(names, 32, seed=0)
+    signs = torch.tensor([[-1.0 if name in on else 1.0 for name in names] for on in runs])
+    assert signs.sum(0).eq(0).all() and (signs.T @ signs).equal(32 * torch.eye(len(names)))
+    pairs = torch.einsum('ri,rj->rij', signs, signs).flatten(1)
+    assert (signs.T @ pairs).eq(0).all()
+    assert candidates.design(names, 64, seed=0)[:32] == runs
+    assert candidates.design(names, 32, seed=1) != runs
+
+
+def test_effects(candidates):
+    names = list(candidates.FACTORS_94)
+    generator = torch.Generator().manual_seed(0)
+    runs = []
+    for line in candidates.queue('94', 64, seed=0, half=True):
+        changes = json.loads(line)
+        changes.pop('seed')
+        on = candidates.changes_on('94', changes, half=True)
+        accuracy = 0.91 + 0.002 * (names[0] in on) - 0.001 * (names[3] in on)
+        accuracy += 0.0005 * torch.randn((), generator=generator).item()
+        runs.append(dict(changes=changes, held_out=accuracy))
+    runs.append(dict(changes=changes | dict(translate=1), held_out=0.5))
+    found = candidates.effects('94', runs, 'held_out', half=True)
+    assert [name for name, *_ in found] == ['', *names]
+    for name, effect, width, n in found:
+        truth = {'': 91, names[0]: 0.2, names[3]: -0.1}.get(name, 0)
+        assert abs(effect - truth) < 2 * width and 0.02 < width < 0.08
+        assert n == (64 if name == '' else 32)
+    for few in (runs[:5], runs[:5] * 2):
+        found = candidates.effects('94', few, 'held_out', half=True)
+        assert all(width == float('inf') for *_, width, _ in found)
+    assert candidates.report('94', runs[-1:], 'held_out', True) == []
 
 
 def test_the_plans_know_each_script(tmp_path):

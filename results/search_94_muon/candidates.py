@@ -1,17 +1,29 @@
 """
-What the searches for 94% and 95% by Muon are to try next, as changes of search.py's `base`.
+What the searches for 94% and 95% by Muon are to try next, and what came of it.
 
-    python results/search_94_muon/candidates.py 94 SEED ROUNDS >> QUEUE
+    python results/search_94_muon/candidates.py queue 94 SEED RUNS >> QUEUE
+    python results/search_94_muon/candidates.py effects 94 LOG
 
-prints a queue for search.py: each candidate once a round, every run with its own seed, from SEED
-on. `python results/gpu.py search` runs as many as fit into its seconds on a GPU, several at a time.
+A single run scatters too much to show 0.1 points, so no change is tried alone. In each run about
+half of the changes are on, so that every run tells something of each of them: eight runs measure
+seven changes as well as eight runs would measure one (a fractional factorial design; D. C.
+Montgomery, "Design and Analysis of Experiments", chapter 8). That supposes that the effects add up.
+
+queue prints lines for search.py, each run with its own seed. effects prints what each change added
+to the accuracy, by least squares, with 95% intervals; runs with other changes are left out. With
+--half both are of the runs on half of the data. `python results/gpu.py search` does both on a GPU.
 """
 
+import argparse
 import json
-import sys
+import random
 
-# The recipe of airbench94_muon.py, at the compute that the search is to reach.
-V = dict(
+import numpy as np
+from scipy import linalg, stats
+
+# The recipe of airbench94_muon.py at the compute that the search is to reach, but with whole images
+# reduced.
+BASE_94 = dict(
     budget=0.19,
     moved_crops=True,
     one_bias_lr=True,
@@ -20,82 +32,176 @@ V = dict(
     mids=[48, 144, 384],
     widths=[72, 288, 384],
     kernels=[[2, 2], [3, 3], [3, 3]],
-    stages=[[0.4, 24, 'crop'], [0.3, 28, 'crop'], [0.3, 32, 'none']],
+    stages=[[0.4, 24, 'bilinear'], [0.3, 28, 'bilinear'], [0.3, 32, 'none']],
 )
 
+# The same scaled: 1.33 times the channels, and a compute that gives it 21 epochs.
+BASE_95 = BASE_94 | dict(budget=0.55, mids=[64, 192, 512], widths=[96, 384, 512])
 
-def reduced(*stages, last=32):
-    """V with whole images reduced: stages of (share of the steps, pixels), then 32 pixels."""
-    rest = 1 - sum(share for share, _ in stages)
-    end = [round(rest, 2), last, 'none' if last == 32 else 'bilinear']
-    return V | dict(stages=[*([*stage, 'bilinear'] for stage in stages), end])
-
-
-R = reduced((0.4, 24), (0.3, 28))
-NARROW = dict(mids=[48, 128, 384], widths=[64, 256, 384])
-T = dict(
-    mids=[64, 192, 512],
-    widths=[96, 256, 512],
-    kernels=[[2, 2], [2, 3], [2, 2]],
-    pools=['2x2', 'ceil', 'ceil'],
-)
-FEWER = dict(prune=[0.35, 0.4])  # easy images every other time
-
-FOR_94 = {
-    'V': V,
-    'whole images of 24, 28, 32 px': R,
-    '20, 28, 32 px': reduced((0.4, 20), (0.3, 28)),
-    '24, 32 px': reduced((0.55, 24)),
-    '20, 26, 32 px': reduced((0.35, 20), (0.35, 26)),
-    '16, 24, 32 px': reduced((0.25, 16), (0.4, 24)),
-    '24, 28, 36 px': reduced((0.4, 24), (0.4, 28), last=36),
-    'narrower': R | NARROW,
-    'fewer easy images': R | FEWER,
-    'narrower, fewer easy images': R | NARROW | FEWER,
-    'T': R | T,
-    'T, fewer easy images': R | T | FEWER,
-    'normalised by 500': R | dict(ghost=500),
-    "Hiverge's Muon": R
-    | dict(muon_lr=0.21, muon_momentum=0.655, ns_coefficients=[3.4576, -4.7391, 2.0843]),
-    'lr by a power of 1.3': R | dict(lr_power=1.3),
-    'block 1 frozen after 70%': R | dict(freeze=0.7),
-    'label smoothing 0.15': R | dict(label_smoothing=0.15),
-    'cutout 6': R | dict(cutout=6),
-    'dropout': R | dict(dropout=0.1),
-    'filters normalised every 8 steps': R | dict(renorm=8),
-    'translation by 3': R | dict(translate=3),
+# At most 16, see `design`.
+FACTORS_94 = {
+    'NorMuon': dict(normuon=0.95),
+    'each filter normalised': dict(row_norm=True),
+    "Hiverge's Muon": dict(
+        muon_lr=0.21, muon_momentum=0.655, ns_coefficients=[3.4576, -4.7391, 2.0843]
+    ),
+    'cutout 6': dict(cutout=6),
+    'label smoothing 0.15': dict(label_smoothing=0.15),
+    'a tail of the lr': dict(tail=[0.04, 0.05]),
+    'block 1 frozen after 70%': dict(freeze=0.7),
+    '20 px at first': dict(
+        stages=[[0.4, 20, 'bilinear'], [0.3, 28, 'bilinear'], [0.3, 32, 'none']]
+    ),
+    'fewer easy images': dict(prune=[0.35, 0.4]),  # every other time
+    'groups of channels': dict(groups=[[1, 1], [1, 2], [1, 2]]),
+    'narrower': dict(mids=[48, 128, 384], widths=[64, 256, 384]),
+    'dropout': dict(dropout=0.1),
+    'translation by 3': dict(translate=3),
+    'normalised by 500': dict(ghost=500),
+    'lr by a power of 1.3': dict(lr_power=1.3),
 }
 
-# The recipe scaled: 1.33 times the channels, and a compute that gives it 27 epochs.
-WIDE = R | dict(budget=0.7, mids=[64, 192, 512], widths=[96, 384, 512])
-
-FOR_95 = {
-    'wide': WIDE,
-    'wide, 0.55 PFLOPs': WIDE | dict(budget=0.55),
-    'wide, translation by 3': WIDE | dict(translate=3),
-    'wide, translation by 4': WIDE | dict(translate=4),
-    'wide, cutout 8': WIDE | dict(cutout=8),
-    'wide, translation by 3, cutout 8': WIDE | dict(translate=3, cutout=8),
-    'wide, fewer easy images': WIDE | FEWER,
-    'wide, label smoothing 0.15': WIDE | dict(label_smoothing=0.15),
-    'wide, Muon lr 0.2': WIDE | dict(muon_lr=0.2),
-    'wide, 20, 28, 32 px': WIDE | dict(stages=reduced((0.4, 20), (0.3, 28))['stages']),
-    'wider': WIDE | dict(mids=[64, 224, 640], widths=[96, 448, 640]),
-    'narrower': WIDE | dict(mids=[64, 160, 448], widths=[80, 320, 448]),
+FACTORS_95 = {
+    '0.7 PFLOPs': dict(budget=0.7),
+    'wider': dict(mids=[64, 224, 640], widths=[96, 448, 640]),
+    'translation by 4': dict(translate=4),
+    'cutout 8': dict(cutout=8),
+    'Muon lr 0.2': dict(muon_lr=0.2),
+} | {
+    name: FACTORS_94[name]
+    for name in (
+        'NorMuon',
+        'each filter normalised',
+        'label smoothing 0.15',
+        'a tail of the lr',
+        'block 1 frozen after 70%',
+        '20 px at first',
+        'fewer easy images',
+        'groups of channels',
+        'dropout',
+        'normalised by 500',
+    )
 }
 
-CANDIDATES = {'94': FOR_94, '95': FOR_95}
+TARGETS = {'94': (BASE_94, FACTORS_94), '95': (BASE_95, FACTORS_95)}
 
 
-def queue(candidates, seed, rounds):
+def recipe(target, names, half=False):
+    """
+    The changes of search.py's `base` for a run.
+
+    half: on half of the data, in batches of half the size, with the lr of biases and head doubled
+        as they go by the sum over a batch; half the compute, so that steps and epochs are the same.
+    """
+    base, factors = TARGETS[target]
+    changes = dict(base)
+    for name in names:
+        changes |= factors[name]
+    if half:
+        stages = [[*stage, 1000] for stage in changes['stages']]
+        changes |= dict(budget=round(changes['budget'] / 2 + 0.0025, 4), stages=stages)
+        changes |= dict(train_images=25000, bias_lr=0.106, head_lr=1.34)
+    return changes
+
+
+def design(names, n_runs, seed):
+    """
+    For each run, which of up to 16 changes are on: rows of a Hadamard matrix, shuffled.
+
+    In 32 runs each change is on in half of them, and any two changes agree in half of them. The
+    columns are those whose number has an odd count of ones in binary. So what two changes do
+    together is not mistaken for what a third one does (resolution IV).
+    """
+    odd = [column for column in range(32) if column.bit_count() % 2 == 1]
+    matrix = linalg.hadamard(32)[:, odd[: len(names)]]
+    shuffle = random.Random(seed).shuffle
+    runs = []
+    while len(runs) < n_runs:
+        rows = list(range(32))
+        shuffle(rows)
+        for row in rows:
+            runs.append([name for name, sign in zip(names, matrix[row], strict=True) if sign < 0])
+    return runs[:n_runs]
+
+
+def queue(target, n_runs, seed, half=False):
     """Lines for search.py."""
+    runs = design(list(TARGETS[target][1]), n_runs, seed)
+    return [
+        json.dumps(recipe(target, names, half) | dict(seed=seed + i))
+        for i, names in enumerate(runs)
+    ]
+
+
+def changes_on(target, changes, half=False):
+    """The names of the changes that a run has. None if it has others too."""
+    names = []
+    for name, factor in TARGETS[target][1].items():
+        alone = recipe(target, [name], half)
+        if all(key in changes and changes[key] == alone[key] for key in factor):
+            names.append(name)
+    return names if recipe(target, names, half) == changes else None
+
+
+def effects(target, runs, value, half=False):
+    """
+    Least squares of the accuracy by what is on.
+
+    Returns a list of (name, effect, half-width of its 95% interval, runs that have it), all in
+    percentage points, the first with the name '' and the accuracy with nothing on. The intervals
+    are infinite where the runs are too few to tell the changes apart.
+    """
+    kept = [(changes_on(target, run['changes'], half), 100 * run[value]) for run in runs]
+    kept = [(on, accuracy) for on, accuracy in kept if on is not None]
+    if not kept:
+        return []
+    names = [name for name in TARGETS[target][1] if any(name in on for on, _ in kept)]
+    rows = np.array([[1.0] + [name in on for name in names] for on, _ in kept])
+    accuracies = np.array([accuracy for _, accuracy in kept])
+    found, _, rank, _ = np.linalg.lstsq(rows, accuracies, rcond=None)
+    freedom = len(kept) - rank
+    widths = np.full(len(found), np.inf)
+    if freedom > 0 and rank == len(found):
+        variance = np.square(accuracies - rows @ found).sum() / freedom
+        spread = np.sqrt(variance * np.diag(np.linalg.inv(rows.T @ rows)))
+        widths = stats.t.ppf(0.975, freedom) * spread
+    counts = rows.sum(axis=0).astype(int).tolist()
+    return list(zip(['', *names], found.tolist(), widths.tolist(), counts, strict=True))
+
+
+def report(target, runs, value, half=False):
+    """effects as lines of text, the best first."""
     lines = []
-    for _ in range(rounds):
-        for changes in candidates.values():
-            lines.append(json.dumps(changes | dict(seed=seed)))
-            seed += 1
+    found = effects(target, runs, value, half)
+    for _, mean, width, n in found[:1]:
+        lines.append(f'{mean:.2f} ± {width:.2f} with no change, from {n} runs')
+    for name, effect, width, n in sorted(found[1:], key=lambda row: -row[1]):
+        lines.append(f'{effect:+.2f} ± {width:.2f} by {name} ({n} runs)')
     return lines
 
 
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name in ('queue', 'effects'):
+        command = commands.add_parser(name)
+        command.add_argument('target', choices=TARGETS)
+        if name == 'queue':
+            command.add_argument('seed', type=int)
+            command.add_argument('runs', type=int)
+        else:
+            command.add_argument('log', type=argparse.FileType())
+            command.add_argument('--value', default='selective', help='or held_out')
+        command.add_argument('--half', action='store_true')
+    args = parser.parse_args()
+    if args.command == 'queue':
+        print('\n'.join(queue(args.target, args.runs, args.seed, args.half)))
+    else:
+        runs = [json.loads(line) for line in args.log]
+        print('\n'.join(report(args.target, runs, args.value, args.half)))
+
+
 if __name__ == '__main__':
-    print('\n'.join(queue(CANDIDATES[sys.argv[1]], int(sys.argv[2]), int(sys.argv[3]))))
+    main()
