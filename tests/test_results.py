@@ -350,6 +350,17 @@ def test_the_table_of_the_search_is_its_log():
         ]
 
 
+def test_what_each_change_adds_on_half_of_the_data(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS / 'search_94_muon')
+    candidates = importlib.import_module('candidates')
+    found = candidates.effects('94', runs_on_half_of_the_data(), 'held_out', half=True)
+    (_, mean, width, n), *found = found
+    expected = [['none: **R**', f'{mean:.2f} ± {width:.2f}', str(n)]]
+    for name, effect, width, n in sorted(found, key=lambda row: -row[1]):
+        expected.append([name, f'{effect:+.2f} ± {width:.2f}'.replace('-', '−'), str(n)])
+    assert search_rows(3, 'half.md') == expected
+
+
 def test_the_table_of_the_runs_on_half_of_the_data_is_their_log():
     rows = search_rows(7, 'half.md')
     runs = runs_on_half_of_the_data()
