@@ -129,6 +129,21 @@ def test_candidates_are_recipes_of_the_search(candidates, target, half):
     assert [line['seed'] for line in lines] == list(range(5, 45))
 
 
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float32))
+def test_all_changes_train_together(candidates, monkeypatch, dtype):
+    search = importlib.import_module('search')
+    generator = torch.Generator().manual_seed(0)
+    for split, n in (('train', 60), ('test', 40)):
+        images = torch.randn(n, 3, 32, 32, generator=generator)
+        monkeypatch.setitem(search.data, split, (images, torch.arange(n) % 10))
+    monkeypatch.setattr(search, 'DTYPE', dtype)  # bfloat16 on a GPU
+    for target in ('94', '95'):
+        changes = gpu.shrunk(candidates.recipe(target, candidates.TARGETS[target][1]))
+        changes['budget'] = 1.5e-4
+        run = search.run(changes, seed=0)
+        assert run['steps'] > 4 and run['train_loss'] < 3
+
+
 def test_a_design_tells_the_changes_apart(candidates):
     names = list(candidates.FACTORS_94)
     runs = candidates.design(names, 32, seed=0)

@@ -359,6 +359,9 @@ def test_what_each_change_adds_on_half_of_the_data(monkeypatch):
     for name, effect, width, n in sorted(found, key=lambda row: -row[1]):
         expected.append([name, f'{effect:+.2f} ± {width:.2f}'.replace('-', '−'), str(n)])
     assert search_rows(3, 'half.md') == expected
+    text = (RESULTS / 'search_94_muon' / 'README.md').read_text()
+    (cutout,) = re.findall(r'\*\*Cutout\*\*.*?\[(−\d\.\d\d)\]', text)
+    assert dict(row[:2] for row in expected)['cutout 6'].startswith(cutout)
 
 
 def test_the_table_of_the_runs_on_half_of_the_data_is_their_log():

@@ -171,10 +171,11 @@ def effects(target, runs, value, half=False):
 
 def report(target, runs, value, half=False):
     """effects as lines of text, the best first."""
-    lines = []
     found = effects(target, runs, value, half)
-    for _, mean, width, n in found[:1]:
-        lines.append(f'{mean:.2f} ± {width:.2f} with no change, from {n} runs')
+    if not found:
+        return []
+    _, mean, width, n = found[0]
+    lines = [f'{mean:.2f} ± {width:.2f} with no change, from {n} runs']
     for name, effect, width, n in sorted(found[1:], key=lambda row: -row[1]):
         lines.append(f'{effect:+.2f} ± {width:.2f} by {name} ({n} runs)')
     return lines

@@ -37,8 +37,9 @@ base = dict(
     muon_momentum=0.6,
     ns_steps=3,
     ns_coefficients=[3.4445, -4.7750, 2.0315],
-    renorm=1,
-    row_norm=False,  # each filter gets norm 1 for that, not a layer's whole weight the norm's mean
+    renorm=1,  # weights are normalised every so many steps
+    # True: each filter to norm 1; False: a layer's weight to the root of the number of its filters
+    row_norm=False,
     # decay of the mean square of each filter's update, which the update is divided by (NorMuon,
     # arXiv 2510.05491), its norm kept
     normuon=0.0,
@@ -449,8 +450,8 @@ def run(changes, seed, save=None):
             if step >= steps or stage_of(h, step / steps) != [size, how, batch_size]:
                 break
             whitened = seen / (h.whiten_bias_epochs * h.train_images)
-            length, lr_end = (1 - h.tail[0], h.tail[1]) if h.tail else (1, h.lr_end)
-            left = max(0, 1 - step / (length * steps))
+            falling, lr_end = (1 - h.tail[0], h.tail[1]) if h.tail else (1, h.lr_end)
+            left = max(0, 1 - step / (falling * steps))
             factor = lr_end + (1 - lr_end) * left**h.lr_power
             frozen = step >= h.freeze * steps
             if frozen:
@@ -488,6 +489,7 @@ def run(changes, seed, save=None):
                     update = grad.flatten(1).unflatten(0, (filters[p], -1))
                     update = orthogonalize(update, h.ns_steps, h.ns_coefficients).flatten(0, 1)
                     if h.normuon:
+                        update = update.float()  # of DTYPE until here
                         size_before = update.norm()
                         mean_square.lerp_(update.square().mean(1, keepdim=True), 1 - h.normuon)
                         update = update / (mean_square.sqrt() + 1e-8)
