@@ -1,7 +1,7 @@
 """
 What bounds a training step? For a script, in one process:
 
-    python tests/bench_step.py airbench94.py [--rounds N] [--device D] [--json FILE]
+    python tests/bench_step.py airbench94.py [--rounds N] [--size PIXELS] [--device D] [--json FILE]
 
 Every round times a training step, the same in float32, the step's convolutions alone (forward and
 backward, at the same shapes, dtype and memory format: the bound), the loader and the Lookahead per
@@ -14,6 +14,7 @@ and those of that script in turn with them.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import statistics
@@ -24,7 +25,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 TARGETS = {
@@ -84,26 +84,27 @@ def convolutions(net, images, dtype, backward):
     """
     calls = []
     for i, (conv, x) in enumerate(conv_inputs(net, images)):
-        x, weight = (
-            t.detach().to(dtype, memory_format=torch.channels_last) for t in (x, conv.weight)
-        )
+        needs_grad = backward and conv.weight.requires_grad
+        conv = copy.deepcopy(conv)
+        conv.bias = None
+        conv.to(dtype, memory_format=torch.channels_last)
+        conv.weight.requires_grad_(needs_grad)
+        x = x.detach().to(dtype, memory_format=torch.channels_last)
         x.requires_grad_(backward and i > 0)
-        weight.requires_grad_(backward and conv.weight.requires_grad)
-        needed = [t for t in (x, weight) if t.requires_grad]
-        y = F.conv2d(x, weight, padding=conv.padding)
-        calls.append((x, weight, conv.padding, needed, torch.randn_like(y) if needed else None))
+        needed = [t for t in (x, conv.weight) if t.requires_grad]
+        calls.append((conv, x, needed, torch.randn_like(conv(x)) if needed else None))
 
     def run():
         with torch.set_grad_enabled(backward):
-            for x, weight, padding, needed, grad in calls:
-                y = F.conv2d(x, weight, padding=padding)
+            for conv, x, needed, grad in calls:
+                y = conv(x)
                 if needed:
                     torch.autograd.grad(y, needed, grad)
 
     return run
 
 
-def pieces(module, device, dtype):
+def pieces(module, device, dtype, size):
     """The functions to time, by name."""
     hyp = module.hyp
 
@@ -134,6 +135,7 @@ def pieces(module, device, dtype):
     net, optimizer = new_net(dtype)
     net32, optimizer32 = new_net(torch.float32)
     inputs, labels = next(iter(loader))
+    inputs = inputs[..., :size, :size]
     state = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
     average = [tensor.clone() for tensor in state]
     batches = iter(())
@@ -201,6 +203,9 @@ def main():
     )
     parser.add_argument('script', type=Path)
     parser.add_argument('--rounds', type=int, default=15, help='(default: %(default)s)')
+    parser.add_argument(
+        '--size', type=int, default=32, help='of the images that a step sees, in pixels'
+    )
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--against', type=Path, metavar='SCRIPT')
     parser.add_argument(
@@ -214,23 +219,23 @@ def main():
         if not file.exists():
             parser.error(f'there is no {file}')
     module, device = load(args.script.resolve()), torch.device(args.device)
+    if args.size != 32 and 'crops' not in module.hyp:
+        parser.error(f'{args.script.stem} has no --size but 32')
     dtype = module.default_dtype(device)
 
-    functions = pieces(module, device, dtype)
+    functions = pieces(module, device, dtype, args.size)
     if args.against:
         other = load(args.against.resolve())
         others = {
             f'{name} of the other': function
-            for name, function in pieces(other, device, dtype).items()
+            for name, function in pieces(other, device, dtype, args.size).items()
         }
         functions = {
             name: function
             for name, function in (functions | others).items()
             if name.split(' of ')[0] in ('step', 'evaluation')
         }
-    pflops = module.count_pflops(
-        module.hyp | dict(crops=((32, 1.0),)), 1, 0
-    )  # the step timed has whole images
+    pflops = module.count_pflops(module.hyp | dict(crops=((args.size, 1.0),)), 1, 0)
     rounds = []
     for i in range(args.rounds + 2):  # the first two warm up
         # The evaluation takes several times as long as all the rest, and takes part in every third

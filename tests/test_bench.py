@@ -68,7 +68,11 @@ def test_against_another(small):
 
 
 def test_its_faults(small, tmp_path, monkeypatch, capsys):
-    for arguments, word in ((('--rounds', 2), '--rounds'), (('--data', tmp_path), 'train.pt')):
+    for arguments, word in (
+        (('--rounds', 2), '--rounds'),
+        (('--data', tmp_path), 'train.pt'),
+        (('--size', 24), '--size'),
+    ):
         monkeypatch.setattr(sys, 'argv', ['bench_step.py', str(small), *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             bench_step.main()

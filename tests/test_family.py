@@ -32,7 +32,7 @@ COMPILING = {
 }
 OWN = {
     'airbench94_muon': {
-        *('docstring', 'hyp', 'Conv', 'Block', 'Net'),
+        *('docstring', 'hyp', 'convolve_small_maps', 'Conv', 'Block', 'Net'),
         *('NEWTON_SCHULZ_COEFFICIENTS', 'NEWTON_SCHULZ_STEPS', 'orthogonalize'),
         *('orthogonalize_filters', 'Muon', 'make_optimizer'),
         *('lookahead_update', 'image_size', 'train_step', 'views_of'),
@@ -47,7 +47,7 @@ OWN = {
     },
 }
 # Of the diff.
-MOST_LINES = dict(airbench94_muon=620, airbench95=20, airbench96=60, airbench94_compiled=300)
+MOST_LINES = dict(airbench94_muon=660, airbench95=20, airbench96=60, airbench94_compiled=300)
 SCRIPTS = ('airbench94', *OWN)
 
 

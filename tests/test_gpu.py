@@ -59,6 +59,8 @@ def test_variants(variant, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'path', sys.path[:])
     airbench94_muon.captured_steps.clear()
     airbench94_muon.compiled_net.cache_clear()
+    conv = airbench94_muon.Conv
+    monkeypatch.setattr(conv, 'forward', conv.forward)  # which captured-padded replaces
     words = ['gpu.py', 'probe', '--variant', variant, '--tiny', '--device', 'cpu']
     monkeypatch.setattr(sys, 'argv', words)
     gpu.main()
@@ -93,7 +95,7 @@ def test_the_search(tmp_path):
     base, first, second, last = done.stdout.splitlines()
     assert re.fullmatch(r'\d+\.\d\d ± \d+\.\d\d with no change, from 8 runs', base)
     assert float(first.split()[0]) >= float(second.split()[0])
-    for name in ('NorMuon', 'each filter normalised'):
+    for name in ('NorMuon', "Hiverge's Muon"):
         line = rf'[+-]\d+\.\d\d ± \d+\.\d\d by {name} \(\d runs\)'
         assert re.fullmatch(line, first) or re.fullmatch(line, second)
     assert last.startswith('8 runs of 8 in ')
@@ -188,4 +190,4 @@ def test_the_plans_know_each_script(tmp_path):
         assert ['--runs 13' in turns[0], '--runs 25' in turns[1]] == [True, True]
     assert any('--epochs 14.7' in command for command in commands)
     bench = gpu.bench_plan(args)
-    assert sum(seconds for _, seconds, _ in bench) <= 900 and 'captured' in bench[0][0]
+    assert sum(seconds for _, seconds, _ in bench) <= 1000 and 'captured' in bench[0][0]

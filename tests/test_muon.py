@@ -3,6 +3,7 @@ airbench94_muon.py: its optimiser, crops, test-time augmentation and count of co
 formulas.
 """
 
+import functools
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from airbench94_muon import (
     CifarLoader,
     Muon,
     Net,
+    convolve_small_maps,
     count_pflops,
     hyp,
     image_size,
@@ -110,7 +112,10 @@ def plain_logits(weights, inputs, h):
         x, padding = F.max_pool2d(x, 2) if block == 'blocks.2' else x, int(block != 'blocks.0')
         x = F.conv2d(x, weights[f'{block}.conv1.weight'], padding=padding)
         x = normed(x if block == 'blocks.2' else F.max_pool2d(x, 2), f'{block}.norm1')
-        x = normed(F.conv2d(x, weights[f'{block}.conv2.weight'], padding=padding), f'{block}.norm2')
+        x = F.conv2d(x, weights[f'{block}.conv2.weight'], padding=padding)
+        if block == 'blocks.1':  # what the next pool would drop has no part in the norm
+            x = x[..., : x.size(2) // 2 * 2, : x.size(3) // 2 * 2]
+        x = normed(x, f'{block}.norm2')
     return x.amax((2, 3)) @ weights['linear.weight'].T * h['scaling_factor']
 
 
@@ -164,6 +169,57 @@ def test_six_steps_are_those_of_the_plain_formulation(tiny, monkeypatch):
         if weights[name].is_floating_point() and 'running' not in name:
             difference = (net.state_dict()[name] - weights[name]).norm() / weights[name].norm()
             assert difference < 1e-8, (name, difference)
+
+
+@pytest.mark.parametrize('side, products', [(1, 1), (2, 16), (3, 63)])
+def test_convolutions_of_small_maps(side, products):
+    """Values, gradients, layout; and the products for each image and pair of channels."""
+    torch.manual_seed(0)
+    images = torch.randn(5, 4, side, side, dtype=torch.float64)
+    images = images.to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        found = convolve_small_maps(images, weight)
+    assert counter.get_total_flops() == 2 * 5 * 4 * 6 * products
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expected = F.conv2d(images, weight, padding=1)
+    torch.testing.assert_close(found, expected)
+    by = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (images, weight), by),
+        torch.autograd.grad(expected, (images, weight), by),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_needless_products_are_not_computed():
+    """
+    What a pool would drop, and the padding of small maps. The logits are those of convolutions that
+    compute it all, for images of odd and even size.
+    """
+    torch.manual_seed(0)
+    h = hyp | SMALL
+    net, whole = Net(h).eval(), Net(h).eval()
+    whole.load_state_dict(net.state_dict())
+    for module in whole.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.forward = functools.partial(torch.nn.Conv2d.forward, module)
+    for size in range(17, 33):
+        images = torch.randn(2, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            logits = net(images)
+        torch.testing.assert_close(logits, whole(images))
+        side = ((size - 2) // 2 - 1) // 2 * 2  # of block 2's maps before the first pool, then
+        for conv, filters in (('conv1', 16 * 8), ('conv2', 16 * 16)):
+            flops = counter.get_flop_counts()[f'Net.blocks.1.{conv}']
+            assert sum(flops.values()) == 2 * 2 * side**2 * 9 * filters
+            if conv == 'conv1':
+                side = side // 2 // 2 * 2
+        products = {1: 1, 2: 16, 3: 63}[side // 2]  # of each pair of channels in block 3
+        for conv in ('conv1', 'conv2'):
+            flops = counter.get_flop_counts()[f'Net.blocks.2.{conv}']
+            assert sum(flops.values()) == 2 * 2 * products * 16 * 16
 
 
 def test_the_filters_of_each_block():
@@ -313,7 +369,7 @@ def test_float16_steps_on_the_meta_device():
     )
     calls = Counter(counted.calls)
     assert calls['aten.addmm.default'] == 6 * 3 * 2  # 6 filters, no two of a shape, 3 steps
-    assert len(counted.calls) <= 186, calls  # 182 in PyTorch 2.14
+    assert len(counted.calls) <= 240, calls  # 235 in PyTorch 2.14
     assert not {
         call for call in calls if 'local_scalar' in call or 'nonzero' in call
     }  # which wait for the GPU

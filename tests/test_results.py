@@ -10,6 +10,8 @@ import pytest
 from conftest import ROOT
 from test_summarize import summarize
 
+import airbench94_muon
+
 # SHA-256 of CIFAR-10, images as uint8 (N, 32, 32, 3) and labels as int64, in the data set's order.
 CIFAR10 = dict(
     train=dict(
@@ -248,8 +250,24 @@ def test_the_run_with_new_bits_is_as_said():
     folder = RESULTS / 'airbench94_muon'
     header, (run,) = summarize.read_logs([folder / 'new_bits.jsonl'])
     assert header['data'] == CIFAR10 and run['seed'] == 600 and f'{run["pflops"]:.3f}' == '0.239'
+    hyp = airbench94_muon.hyp
+    now = airbench94_muon.count_pflops(hyp, round(hyp['epochs'] * 25), 10000)
+    said = f'A run takes {now:.3f} PFLOPs instead of {run["pflops"]:.3f}'
+    assert said in ' '.join((RESULTS / 'README.md').read_text().split())
+    assert f'now a run takes {now:.2f} PFLOPs' in airbench94_muon.__doc__
     text = ' '.join((folder / 'README.md').read_text().split())
     assert f'The one run since then has {100 * run["tta_val_acc"]:.2f}%' in text
+
+
+def test_the_time_without_needless_products_is_as_logged():
+    text = ' '.join((RESULTS / 'README.md').read_text().split())
+    ratios = []
+    for size in (24, 28, 32):
+        log = json.loads((RESULTS / 'steps' / f'needless_products_{size}.json').read_text())
+        times = [times['step'] / times['step of the other'] for times in log['rounds']]
+        ratios.append(f'{statistics.median(times):.2f}')
+    said = 'a step took {} of its time before at 24 pixels, {} at 28 and {} at 32'
+    assert said.format(*ratios) in text
 
 
 def test_each_log_is_explained():
@@ -353,15 +371,16 @@ def test_the_table_of_the_search_is_its_log():
 def test_what_each_change_adds_on_half_of_the_data(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS / 'search_94_muon')
     candidates = importlib.import_module('candidates')
-    found = candidates.effects('94', runs_on_half_of_the_data(), 'held_out', half=True)
+    found = candidates.effects('R', runs_on_half_of_the_data(), 'held_out', half=True)
     (_, mean, width, n), *found = found
     expected = [['none: **R**', f'{mean:.2f} ± {width:.2f}', str(n)]]
     for name, effect, width, n in sorted(found, key=lambda row: -row[1]):
         expected.append([name, f'{effect:+.2f} ± {width:.2f}'.replace('-', '−'), str(n)])
     assert search_rows(3, 'half.md') == expected
     text = (RESULTS / 'search_94_muon' / 'README.md').read_text()
-    (cutout,) = re.findall(r'\*\*Cutout\*\*.*?\[(−\d\.\d\d)\]', text)
-    assert dict(row[:2] for row in expected)['cutout 6'].startswith(cutout)
+    effects = {name: effect for name, effect, _ in expected}
+    said = re.findall(r'\[([+−]\d\.\d\d ± \d\.\d\d)\]\(half.md\)', text)
+    assert said == [effects['a tail of the lr'], effects['cutout 6']]
 
 
 def test_the_table_of_the_runs_on_half_of_the_data_is_their_log():

@@ -21,9 +21,8 @@ import random
 import numpy as np
 from scipy import linalg, stats
 
-# The recipe of airbench94_muon.py at the compute that the search is to reach, but with whole images
-# reduced.
-BASE_94 = dict(
+# R: V, the recipe of airbench94_muon.py, but with whole images reduced, and at less compute.
+R_94 = dict(
     budget=0.19,
     moved_crops=True,
     one_bias_lr=True,
@@ -35,23 +34,46 @@ BASE_94 = dict(
     stages=[[0.4, 24, 'bilinear'], [0.3, 28, 'bilinear'], [0.3, 32, 'none']],
 )
 
-# The same scaled: 1.33 times the channels, and a compute that gives it 21 epochs.
+# The same without the products that are for nothing, which makes other sizes cheap.
+BASE_94 = R_94 | dict(
+    budget=0.17,
+    stages=[[0.4, 26, 'bilinear'], [0.3, 30, 'bilinear'], [0.3, 32, 'none']],
+    trim=True,
+    small_maps=True,
+)
+
+# The same scaled: 1.33 times the channels, and a compute that gives it 25 epochs.
 BASE_95 = BASE_94 | dict(budget=0.55, mids=[64, 192, 512], widths=[96, 384, 512])
+
+# What runs before seed 2050 had besides: of no use, or part of BASE_94 now.
+TRIED_94 = {
+    'E: 26 px and 30 px': {key: BASE_94[key] for key in ('budget', 'stages', 'trim', 'small_maps')},
+    'E: 22 px and 26 px': dict(
+        budget=0.17,
+        stages=[[0.3, 22, 'bilinear'], [0.3, 26, 'bilinear'], [0.4, 32, 'none']],
+        trim=True,
+        small_maps=True,
+    ),
+    'cutout 6': dict(cutout=6),
+    'each filter normalised': dict(row_norm=True),
+    'label smoothing 0.15': dict(label_smoothing=0.15),
+    '20 px at first': dict(
+        stages=[[0.4, 20, 'bilinear'], [0.3, 28, 'bilinear'], [0.3, 32, 'none']]
+    ),
+}
 
 # At most 16, see `design`.
 FACTORS_94 = {
     'NorMuon': dict(normuon=0.95),
-    'each filter normalised': dict(row_norm=True),
     "Hiverge's Muon": dict(
         muon_lr=0.21, muon_momentum=0.655, ns_coefficients=[3.4576, -4.7391, 2.0843]
     ),
-    'cutout 6': dict(cutout=6),
-    'label smoothing 0.15': dict(label_smoothing=0.15),
     'a tail of the lr': dict(tail=[0.04, 0.05]),
     'block 1 frozen after 70%': dict(freeze=0.7),
-    '20 px at first': dict(
-        stages=[[0.4, 20, 'bilinear'], [0.3, 28, 'bilinear'], [0.3, 32, 'none']]
+    '22 px at first': dict(
+        stages=[[0.3, 22, 'bilinear'], [0.3, 26, 'bilinear'], [0.4, 32, 'none']]
     ),
+    "block 3's pool before the norm": dict(early_pool=True),
     'fewer easy images': dict(prune=[0.35, 0.4]),  # every other time
     'groups of channels': dict(groups=[[1, 1], [1, 2], [1, 2]]),
     'narrower': dict(mids=[48, 128, 384], widths=[64, 256, 384]),
@@ -59,6 +81,8 @@ FACTORS_94 = {
     'translation by 3': dict(translate=3),
     'normalised by 500': dict(ghost=500),
     'lr by a power of 1.3': dict(lr_power=1.3),
+    # Muon's lr by the root of the batch size; the others go by the sum over a batch anyway
+    'half as large batches': dict(batch_scale=0.5, block_lrs=[0.7, 0.7, 0.7], bn_momentum=0.225),
 }
 
 FACTORS_95 = {
@@ -67,15 +91,15 @@ FACTORS_95 = {
     'translation by 4': dict(translate=4),
     'cutout 8': dict(cutout=8),
     'Muon lr 0.2': dict(muon_lr=0.2),
+    'label smoothing 0.15': dict(label_smoothing=0.15),
 } | {
     name: FACTORS_94[name]
     for name in (
         'NorMuon',
-        'each filter normalised',
-        'label smoothing 0.15',
         'a tail of the lr',
         'block 1 frozen after 70%',
-        '20 px at first',
+        '22 px at first',
+        "block 3's pool before the norm",
         'fewer easy images',
         'groups of channels',
         'dropout',
@@ -83,7 +107,14 @@ FACTORS_95 = {
     )
 }
 
-TARGETS = {'94': (BASE_94, FACTORS_94), '95': (BASE_95, FACTORS_95)}
+OF_R = TRIED_94 | FACTORS_94
+OF_R.pop('22 px at first')  # for it R has the change of that name above
+
+TARGETS = {
+    '94': (BASE_94, FACTORS_94),
+    '95': (BASE_95, FACTORS_95),
+    'R': (R_94, OF_R),  # of runs before seed 2050, only for `effects`
+}
 
 
 def recipe(target, names, half=False):
@@ -188,7 +219,7 @@ def main():
     commands = parser.add_subparsers(dest='command', required=True)
     for name in ('queue', 'effects'):
         command = commands.add_parser(name)
-        command.add_argument('target', choices=TARGETS)
+        command.add_argument('target', choices=('94', '95') if name == 'queue' else TARGETS)
         if name == 'queue':
             command.add_argument('seed', type=int)
             command.add_argument('runs', type=int)

@@ -54,12 +54,14 @@ base = dict(
     act='gelu',
     widths=[64, 256, 256],
     pool_first=[0, 0, 0],
+    early_pool=False,  # the pool of a block that pools first stands before the norm in front of it
     translate=2,
     brightness=0.0,
     contrast=0.0,
     stages=[
         [1.0, 32, 'none', 2000]
     ],  # share of the steps, pixels, how (none, area: resized, crop), batch size
+    batch_scale=1.0,  # times the stages' batch sizes
     # crops of images already moved by up to `translate`, as from the scripts' loader
     moved_crops=False,
     # the whitening bias's lr is that of the other biases until it is frozen, at an epoch's end
@@ -73,6 +75,12 @@ base = dict(
     ],  # the sides of each block's convolutions'; those of 2 are without padding
     unpadded=[[0, 0], [0, 0], [0, 0]],  # 1: that one, of 3, is without padding too
     strided=[0, 0, 0],  # 1: the block has no pool, its first convolution moves by two pixels
+    # convolutions of 3 that a pool follows leave out the last row and column of a map of odd size,
+    # which the pool would drop: they are not padded at that side
+    trim=False,
+    # padded convolutions of 3 on maps of up to 3x3 are a matrix product for each row, without the
+    # padding
+    small_maps=False,
     groups=[[1, 1], [1, 1], [1, 1]],  # of channels, of each block's convolutions
     extra=[0, 0, 0],  # a third convolution in the block, with a residual
     pools=[
@@ -129,9 +137,52 @@ def load(root):
         data[split] = images.to(DEVICE), d['labels'].to(DEVICE)
 
 
-def convolution(cin, cout, kernel=3, unpadded=0, stride=1, groups=1):
-    padding = 0 if unpadded else kernel // 3
-    conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False, groups=groups)
+def convolve_small_maps(x, weight):
+    """
+    F.conv2d(x, weight, padding=1) for square maps of up to 3x3, by a matrix product for each row.
+
+    For two channels that is 16 products on a map of 2x2 and 63 on one of 3x3, in place of 36 and
+    81, as there is no padding. airbench94_muon.py has more on it.
+
+    x: (N, channels_in, side, side).
+    weight: (channels_out, channels_in, 3, 3).
+    """
+    side = x.size(-1)
+    x = x.permute(0, 2, 3, 1)  # (N, side, side, channels_in), as it lies in memory
+    weight = weight.permute(2, 3, 1, 0)  # (3, 3, channels_in, channels_out)
+    # For each column of the output, the column of the window that falls on each of the map's; zeros
+    # where none does.
+    weight = F.pad(weight, (0, 0, 0, 0, side - 2, side - 2))
+    windows = [weight[:, side - 1 - column :][:, :side] for column in range(side)]
+    windows = torch.stack(windows, 3)  # (3, side, channels_in, side, channels_out)
+    outputs = []
+    for row in range(side):
+        first = max(row - 1, 0)
+        last = min(row + 1, side - 1)
+        inputs = x[:, first : last + 1].flatten(1)
+        filters = windows[first - row + 1 : last - row + 2].flatten(3).flatten(0, 2)
+        outputs.append(inputs @ filters)
+    return torch.cat(outputs, 1).unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+
+
+class Convolution(nn.Conv2d):
+    trim = False
+    small_maps = False
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        if self.small_maps and height <= 3:
+            return convolve_small_maps(x, self.weight)
+        if self.trim:
+            x = F.pad(x, (1, 1 - width % 2, 1, 1 - height % 2))
+        return super().forward(x)
+
+
+def convolution(cin, cout, h, kernel=3, unpadded=0, stride=1, groups=1, trim=False):
+    padding = 0 if unpadded or trim else kernel // 3
+    conv = Convolution(cin, cout, kernel, stride, padding, bias=False, groups=groups)
+    conv.trim = trim
+    conv.small_maps = h.small_maps and padding == stride == groups == 1
     for weight in conv.weight.data.chunk(groups):
         nn.init.dirac_(weight[: cin // groups])
     return conv
@@ -172,20 +223,28 @@ class Block(nn.Module):
         self.pool_first, middle = h.pool_first[i], h.mids[i] if h.mids else cout
         sides, unpadded, groups = h.kernels[i], h.unpadded[i], h.groups[i]
         stride = 1 + h.strided[i]
-        self.conv1 = convolution(cin, middle, sides[0], unpadded[0], stride, groups[0])
+        drops = [h.trim and pool == '2x2' and not h.strided[j] for j, pool in enumerate(h.pools)]
+        trim = (
+            drops[i] and sides[0] == 3 and not h.pool_first[i],
+            i < 2 and drops[i + 1] and sides[1] == 3 and bool(h.pool_first[i + 1]),
+        )
+        self.conv1 = convolution(cin, middle, h, sides[0], unpadded[0], stride, groups[0], trim[0])
         self.norm1 = norm(middle, h)
-        self.conv2 = convolution(middle, cout, sides[1], unpadded[1], 1, groups[1])
+        self.conv2 = convolution(middle, cout, h, sides[1], unpadded[1], 1, groups[1], trim[1])
         self.norm2 = norm(cout, h)
         self.act = dict(gelu=F.gelu, silu=F.silu)[h.act]
-        self.gate, self.pool = h.gate, 'none' if h.strided[i] else h.pools[i]
+        pool_next = h.early_pool and i < 2 and h.pool_first[i + 1]
+        self.pool_last = h.pools[i + 1] if pool_next else 'none'
+        pooled_before = h.early_pool and h.pool_first[i]
+        self.gate, self.pool = h.gate, 'none' if h.strided[i] or pooled_before else h.pools[i]
         if h.gate:
             self.gate_weight = nn.Parameter(torch.zeros(cout, cout))
         if h.extra[i]:
-            self.conv3, self.norm3 = convolution(cout, cout), norm(cout, h)
+            self.conv3, self.norm3 = convolution(cout, cout, h), norm(cout, h)
 
     def forward(self, x):
         x = self.conv1(pool(x, self.pool)) if self.pool_first else pool(self.conv1(x), self.pool)
-        x = self.norm2(self.conv2(self.act(self.norm1(x))))
+        x = self.norm2(pool(self.conv2(self.act(self.norm1(x))), self.pool_last))
         if self.gate:
             x = x * (2 * torch.sigmoid(x.mean((2, 3)) @ self.gate_weight.T))[..., None, None]
         x = self.act(x)
@@ -392,6 +451,8 @@ def run(changes, seed, save=None):
     h.stages = [
         [*stage, 2000][:4] for stage in h.stages
     ]  # the first runs' stages had no batch size
+    for stage in h.stages:
+        stage[3] = round(h.batch_scale * stage[3])
     flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages}}
     # Images are tested as in the last stage: their centre, or the whole image reduced.
     last = flops[h.stages[-1][1]]
