@@ -284,9 +284,10 @@ def convolve_small_maps(x, weight):
     """
     F.conv2d(x, weight, padding=1) for square maps of up to 3x3, by a matrix product for each row.
 
-    For two channels and a map of 2x2, F.conv2d computes 36 products, 20 of them with zeros of the
-    padding; for a map of 3x3, 81 products, 32 of them with zeros. Here the padding is left out. On
-    2x2 that leaves 16 products. On 3x3 it leaves 63: 14 are with zeros that fill up the matrices.
+    For a pair of channels and a map of 2x2, F.conv2d computes 36 products, 20 of them with zeros of
+    the padding. For a map of 3x3 it computes 81, 32 of them with zeros. Here the padding is left
+    out. On 2x2 that leaves 16 products. On 3x3 it leaves 63: 14 are with zeros that fill up the
+    matrices.
     Large matrix products are also faster than convolutions of small maps.
 
     x: (N, channels_in, side, side).
@@ -297,7 +298,7 @@ def convolve_small_maps(x, weight):
     x = x.permute(0, 2, 3, 1)            # (N, side, side, channels_in)
     weight = weight.permute(0, 2, 3, 1)  # (channels_out, 3, 3, channels_in)
     # For each column of the output: the filters, moved to where they lie on the map. They get
-    # zeros where they do not reach. What is outside of the map is cut off, by padding below 0.
+    # zeros where they do not reach. What is outside of the map is cut off, by negative padding.
     moved = torch.stack([
         F.pad(weight, (0, 0, column - 1, side - 2 - column)) for column in range(side)
     ])  # (side, channels_out, 3, side, channels_in)

@@ -4,13 +4,13 @@ What bounds a training step? For a script, in one process:
     python tests/bench_step.py airbench94.py [--rounds N] [--size PIXELS] [--device D] [--json FILE]
 
 Every round times a training step, the same in float32, the step's convolutions alone (forward and
-backward, at the same shapes, dtype and memory format: the bound), the loader and the Lookahead per
-step, the evaluation of 2,000 images with test-time augmentation, and that evaluation's convolutions
-alone. The pieces take turns, so that the machine's drift strikes them alike; ratios are taken
-within a round. Medians and quartiles are printed, milliseconds and ratios. With --data, the seconds
-from a process's start to its first training step are measured too, beside those of `import torch`
-and of reading the data's files. With --against SCRIPT only the step and the evaluation are timed,
-and those of that script in turn with them.
+backward, as the script computes them, at the same shapes, dtype and memory format: the bound), the
+loader and the Lookahead per step, the evaluation of 2,000 images with test-time augmentation, and
+that evaluation's convolutions alone. The pieces take turns, so that the machine's drift strikes
+them alike; ratios are taken within a round. Medians and quartiles are printed, milliseconds and
+ratios. With --data, the seconds from a process's start to its first training step are measured too,
+beside those of `import torch` and of reading the data's files. With --against SCRIPT only the step
+and the evaluation are timed, and those of that script in turn with them.
 """
 
 import argparse

@@ -255,6 +255,7 @@ def test_the_run_with_new_bits_is_as_said():
     said = f'A run takes {now:.3f} PFLOPs instead of {run["pflops"]:.3f}'
     assert said in ' '.join((RESULTS / 'README.md').read_text().split())
     assert f'now a run takes {now:.2f} PFLOPs' in airbench94_muon.__doc__
+    assert f'and takes {now:.2f} PFLOPs' in ' '.join((ROOT / 'README.md').read_text().split())
     text = ' '.join((folder / 'README.md').read_text().split())
     assert f'The one run since then has {100 * run["tta_val_acc"]:.2f}%' in text
 

@@ -34,7 +34,7 @@ R_94 = dict(
     stages=[[0.4, 24, 'bilinear'], [0.3, 28, 'bilinear'], [0.3, 32, 'none']],
 )
 
-# The same without the products that are for nothing, which makes other sizes cheap.
+# The same without needless products, which makes other sizes cheap.
 BASE_94 = R_94 | dict(
     budget=0.17,
     stages=[[0.4, 26, 'bilinear'], [0.3, 30, 'bilinear'], [0.3, 32, 'none']],

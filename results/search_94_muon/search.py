@@ -223,7 +223,8 @@ class Block(nn.Module):
         self.pool_first, middle = h.pool_first[i], h.mids[i] if h.mids else cout
         sides, unpadded, groups = h.kernels[i], h.unpadded[i], h.groups[i]
         stride = 1 + h.strided[i]
-        drops = [h.trim and pool == '2x2' and not h.strided[j] for j, pool in enumerate(h.pools)]
+        # Whether a block's pool drops the last row and column of a map of odd size.
+        drops = [h.trim and h.pools[j] == '2x2' and not h.strided[j] for j in range(3)]
         trim = (
             drops[i] and sides[0] == 3 and not h.pool_first[i],
             i < 2 and drops[i + 1] and sides[1] == 3 and bool(h.pool_first[i + 1]),
