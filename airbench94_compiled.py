@@ -416,8 +416,7 @@ def lookahead_update(average, state, decay):
     """
     Moves the average towards the network, and sets the network to the average.
 
-    This is Lookahead with a decay that grows in the course of training (the paper, section 3.4;
-    arXiv 1907.08610).
+    This is Lookahead (the paper, section 3.4; arXiv 1907.08610).
 
     average: a list of tensors.
     state: the network's own tensors, in the same order.
@@ -648,9 +647,9 @@ class CapturedStep:
 
 
 # The hyperparameters that a step does not depend on.
-SCHEDULE = ('epochs', 'lr_start', 'lr_peak', 'lr_end', 'whiten_bias_epochs', 'lookahead',
-            'lookahead_every', 'lookahead_decay', 'lookahead_power', 'aug', 'altflip', 'crops',
-            'tta_level')
+SCHEDULE = ('epochs', 'lr_start', 'lr_peak', 'lr_end', 'lr_tail', 'whiten_bias_epochs',
+            'lookahead', 'lookahead_every', 'lookahead_decay', 'lookahead_power', 'aug', 'altflip',
+            'sizes', 'tta_level')
 captured_steps = {}  # the latest of the process, by what it depends on
 
 
@@ -873,8 +872,8 @@ def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **ov
     n = 2000 + len(test_loader.images) % 2000  # an evaluation batch of each size
     test_loader.images = test_loader.images[:n]
     test_loader.labels = test_loader.labels[:n]
-    # An epoch with the bias trained, an epoch with it frozen. A recording has the lr, which the
-    # weight decay depends on, of its run; else the lr is a safe one.
+    # An epoch with the bias trained, an epoch with it frozen. A recorded step holds the weight
+    # decay, which depends on lr, and so must have the lr of the run. Else the lr is a safe one.
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
         overrides |= dict(lr=1e-3)

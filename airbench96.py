@@ -426,8 +426,7 @@ def lookahead_update(average, state, decay):
     """
     Moves the average towards the network, and sets the network to the average.
 
-    This is Lookahead with a decay that grows in the course of training (the paper, section 3.4;
-    arXiv 1907.08610).
+    This is Lookahead (the paper, section 3.4; arXiv 1907.08610).
 
     average: a list of tensors.
     state: the network's own tensors, in the same order.

@@ -126,7 +126,7 @@ def probe(args):
         overrides['widths'] = tuple(args.widths)
     h = module.merge(overrides)
     torch.manual_seed(0)
-    sizes = sorted({32} | {size for size, _ in h.get('crops', ())})
+    sizes = sorted({32} | {size for size, _ in h.get('sizes', ())})
     n = h['batch_size']
     weight_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     images = torch.randn(n, 3, 32, 32, device=device).to(weight_dtype)
@@ -232,7 +232,7 @@ def runs_plan(args):
         add('airbench94_muon', runs, 130 if runs == small else 60, '', *seed)
         add('airbench94_compiled', runs, 90 if runs == small else 50, '', *seed)
         add('airbench94', runs, 50, '', *seed)
-    for epochs in ('14.7', '13.3'):
+    for epochs in ('15.25', '14'):
         add('airbench94_muon', full, 80, f'_{epochs}', *seed, '--epochs', epochs)
     add('airbench95', full, 160, '', *seed)
     add('airbench96', 3, 90, '', *seed)

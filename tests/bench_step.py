@@ -151,7 +151,7 @@ def pieces(module, device, dtype, size):
         module.train_step(net, optimizer, inputs, labels, hyp['label_smoothing'])
 
     views = convolutions(net, test.images.to(inputs.dtype), dtype, backward=False)
-    count = (1, 2, 4 if 'crops' in hyp else 6)[hyp['tta_level']]
+    count = (1, 2, 4 if 'muon_lr' in hyp else 6)[hyp['tta_level']]
     functions = {
         'step': train,
         'convolutions': convolutions(net, inputs, dtype, backward=True),
@@ -219,7 +219,7 @@ def main():
         if not file.exists():
             parser.error(f'there is no {file}')
     module, device = load(args.script.resolve()), torch.device(args.device)
-    if args.size != 32 and 'crops' not in module.hyp:
+    if args.size != 32 and 'sizes' not in module.hyp:
         parser.error(f'{args.script.stem} has no --size but 32')
     dtype = module.default_dtype(device)
 
@@ -235,7 +235,7 @@ def main():
             for name, function in (functions | others).items()
             if name.split(' of ')[0] in ('step', 'evaluation')
         }
-    pflops = module.count_pflops(module.hyp | dict(crops=((args.size, 1.0),)), 1, 0)
+    pflops = module.count_pflops(module.hyp | dict(sizes=((args.size, 1.0),)), 1, 0)
     rounds = []
     for i in range(args.rounds + 2):  # the first two warm up
         # The evaluation takes several times as long as all the rest, and takes part in every third

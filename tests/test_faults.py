@@ -192,10 +192,10 @@ def test_the_compute_of_a_diverged_run_is_what_ran(main, monkeypatch):
     assert run['diverged'] and run['steps'] == [1]
     h = airbench94.hyp | dict(widths=(8, 8, 8), batch_size=100)
     assert run['pflops'] == airbench94.count_pflops(h, 1, 0)
-    # The crops of airbench94_muon.py grow with the schedule, not with what ran of it.
+    # The images of airbench94_muon.py grow with the schedule, not with what ran of it.
     hyp = airbench94_muon.hyp
-    crops = airbench94_muon.count_pflops(hyp | dict(crops=((24, 1.0),)), 10, 0)
-    assert airbench94_muon.count_pflops(hyp, 10, 0, total_steps=100) == crops
+    small = airbench94_muon.count_pflops(hyp | dict(sizes=((22, 1.0),)), 10, 0)
+    assert airbench94_muon.count_pflops(hyp, 10, 0, total_steps=100) == small
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_infer_of_airbench94_muon(tiny):
     assert airbench.infer94_muon is airbench94_muon.infer
     assert airbench.evaluate94_muon is airbench94_muon.evaluate
     rows = []
-    loader = airbench.CifarLoader(tiny, batch_size=50)
+    loader = airbench.CifarLoader(tiny, batch_size=50, aug=dict(flip=True))
     net = airbench.train94_muon(
         loader, epochs=1, callback=lambda net, row: rows.append(row), **SMALL
     )

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -225,7 +226,7 @@ def test_the_figures_are_drawn_from_the_logs(tmp_path, monkeypatch):
 
 def test_the_times_in_turn_follow_from_the_logs():
     text = ' '.join((ROOT / 'results' / 'README.md').read_text().split())
-    folder = RESULTS / 'airbench94_muon'
+    folder = RESULTS / 'airbench94_muon' / 'crops'
     turns, long = (
         [summarize.read_logs([log])[1] for log in logs]
         for logs in (
@@ -246,18 +247,34 @@ def test_the_times_in_turn_follow_from_the_logs():
     assert amax['n'] == 8 and f'eight runs took {amax["seconds"]:.2f} s' in text
 
 
-def test_the_run_with_new_bits_is_as_said():
-    folder = RESULTS / 'airbench94_muon'
-    header, (run,) = summarize.read_logs([folder / 'new_bits.jsonl'])
-    assert header['data'] == CIFAR10 and run['seed'] == 600 and f'{run["pflops"]:.3f}' == '0.239'
-    hyp = airbench94_muon.hyp
-    now = airbench94_muon.count_pflops(hyp, round(hyp['epochs'] * 25), 10000)
-    said = f'A run takes {now:.3f} PFLOPs instead of {run["pflops"]:.3f}'
-    assert said in ' '.join((RESULTS / 'README.md').read_text().split())
-    assert f'now a run takes {now:.2f} PFLOPs' in airbench94_muon.__doc__
-    assert f'and takes {now:.2f} PFLOPs' in ' '.join((ROOT / 'README.md').read_text().split())
-    text = ' '.join((folder / 'README.md').read_text().split())
-    assert f'The one run since then has {100 * run["tta_val_acc"]:.2f}%' in text
+def test_what_is_said_of_the_recipe_before():
+    """With crops: its accuracy and time on the H200, and its PFLOPs without needless products."""
+    readme, text, page = (
+        ' '.join(path.read_text().split())
+        for path in (
+            ROOT / 'README.md',
+            RESULTS / 'README.md',
+            RESULTS / 'airbench94_muon' / 'README.md',
+        )
+    )
+    crops = RESULTS / 'airbench94_muon' / 'crops'
+    for file in crops.iterdir():
+        assert f'crops/{file.name}' in page or f'`{file.name}`' in page, file
+    for log in crops.glob('*.jsonl'):
+        assert summarize.read_logs([log])[0]['data'] == CIFAR10
+    header, runs = summarize.read_logs([crops / 'h200.jsonl'])
+    summary = summarize.summarize(runs)
+    accuracy = summarize.readme_cell(summary).split(' (')[0]
+    pflops = summary['pflops']
+    seconds = summarize.readme_time(summary).split(',')[0]
+    assert f'took {pflops:.2f} PFLOPs, and had {accuracy} in 25 runs on the H200' in text
+    assert f'V took {seconds}' in text
+    assert f'not compiled, took {seconds} on the H200' in readme
+    steps = math.ceil(header['hyperparameters']['epochs'] * 25)
+    h = airbench94_muon.hyp | dict(sizes=header['hyperparameters']['crops'])
+    fewer = airbench94_muon.count_pflops(h, steps, 10000)
+    assert f'without them its {pflops:.3f} PFLOPs would be {fewer:.3f}' in text
+    assert f'and {pflops:.3f} PFLOPs' in page
 
 
 def test_the_time_without_needless_products_is_as_logged():
@@ -267,7 +284,7 @@ def test_the_time_without_needless_products_is_as_logged():
         log = json.loads((RESULTS / 'steps' / f'needless_products_{size}.json').read_text())
         times = [times['step'] / times['step of the other'] for times in log['rounds']]
         ratios.append(f'{statistics.median(times):.2f}')
-    said = 'a step took {} of its time before at 24 pixels, {} at 28 and {} at 32'
+    said = 'a step of V took {} of its time at 24 pixels, {} at 28 and {} at 32'
     assert said.format(*ratios) in text
 
 
@@ -309,7 +326,7 @@ def runs_on_half_of_the_data():
 
 
 def test_the_frontier_follows_from_the_logs():
-    names = ('cpu', 'h200', 'before_2x2')
+    names = ('cpu', 'crops/cpu', 'crops/h200', 'crops/before_2x2')
     logs = (RESULTS / 'airbench94_muon' / f'{name}.jsonl' for name in names)
     runs = [run for log in logs for run in summarize.read_logs([log])[1]]
     runs = {

@@ -21,7 +21,7 @@ import random
 import numpy as np
 from scipy import linalg, stats
 
-# R: V, the recipe of airbench94_muon.py, but with whole images reduced, and at less compute.
+# R: V, an earlier recipe of airbench94_muon.py, with whole images reduced, and at less compute.
 R_94 = dict(
     budget=0.19,
     moved_crops=True,
