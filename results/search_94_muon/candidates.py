@@ -35,25 +35,22 @@ R_94 = dict(
 )
 
 # The same without needless products, which makes other sizes cheap.
-BASE_94 = R_94 | dict(
-    budget=0.17,
-    stages=[[0.4, 26, 'bilinear'], [0.3, 30, 'bilinear'], [0.3, 32, 'none']],
-    trim=True,
-    small_maps=True,
-)
+CHEAP = dict(budget=0.17, trim=True, small_maps=True)
+SIZES_26_30 = [[0.4, 26, 'bilinear'], [0.3, 30, 'bilinear'], [0.3, 32, 'none']]
+SIZES_22_26 = [[0.3, 22, 'bilinear'], [0.3, 26, 'bilinear'], [0.4, 32, 'none']]
 
-# The same scaled: 1.33 times the channels, and a compute that gives it 25 epochs.
+# W, the recipe of airbench94_muon.py, at less compute.
+BASE_94 = R_94 | CHEAP | dict(stages=SIZES_22_26, early_pool=True, tail=[0.04, 0.05])
+
+# The same scaled: 1.33 times the channels, and a compute that gives it 29 epochs.
 BASE_95 = BASE_94 | dict(budget=0.55, mids=[64, 192, 512], widths=[96, 384, 512])
 
 # What runs before seed 2050 had besides: of no use, or part of BASE_94 now.
 TRIED_94 = {
-    'E: 26 px and 30 px': {key: BASE_94[key] for key in ('budget', 'stages', 'trim', 'small_maps')},
-    'E: 22 px and 26 px': dict(
-        budget=0.17,
-        stages=[[0.3, 22, 'bilinear'], [0.3, 26, 'bilinear'], [0.4, 32, 'none']],
-        trim=True,
-        small_maps=True,
-    ),
+    'E: 26 px and 30 px': CHEAP | dict(stages=SIZES_26_30),
+    'E: 22 px and 26 px': CHEAP | dict(stages=SIZES_22_26),
+    'a tail of the lr': dict(tail=[0.04, 0.05]),
+    "block 3's pool before the norm": dict(early_pool=True),
     'cutout 6': dict(cutout=6),
     'each filter normalised': dict(row_norm=True),
     'label smoothing 0.15': dict(label_smoothing=0.15),
@@ -62,18 +59,20 @@ TRIED_94 = {
     ),
 }
 
+# What BASE_94 has of these, taken away.
+WITHOUT = {
+    'no tail': dict(tail=None),
+    "block 3's pool after the norm": dict(early_pool=False),
+    '26 px and 30 px': dict(stages=SIZES_26_30),
+}
+
 # At most 16, see `design`.
 FACTORS_94 = {
     'NorMuon': dict(normuon=0.95),
     "Hiverge's Muon": dict(
         muon_lr=0.21, muon_momentum=0.655, ns_coefficients=[3.4576, -4.7391, 2.0843]
     ),
-    'a tail of the lr': dict(tail=[0.04, 0.05]),
     'block 1 frozen after 70%': dict(freeze=0.7),
-    '22 px at first': dict(
-        stages=[[0.3, 22, 'bilinear'], [0.3, 26, 'bilinear'], [0.4, 32, 'none']]
-    ),
-    "block 3's pool before the norm": dict(early_pool=True),
     'fewer easy images': dict(prune=[0.35, 0.4]),  # every other time
     'groups of channels': dict(groups=[[1, 1], [1, 2], [1, 2]]),
     'narrower': dict(mids=[48, 128, 384], widths=[64, 256, 384]),
@@ -83,7 +82,7 @@ FACTORS_94 = {
     'lr by a power of 1.3': dict(lr_power=1.3),
     # Muon's lr by the root of the batch size; the others go by the sum over a batch anyway
     'half as large batches': dict(batch_scale=0.5, block_lrs=[0.7, 0.7, 0.7], bn_momentum=0.225),
-}
+} | WITHOUT
 
 FACTORS_95 = {
     '0.7 PFLOPs': dict(budget=0.7),
@@ -95,11 +94,9 @@ FACTORS_95 = {
 } | {
     name: FACTORS_94[name]
     for name in (
+        *WITHOUT,
         'NorMuon',
-        'a tail of the lr',
         'block 1 frozen after 70%',
-        '22 px at first',
-        "block 3's pool before the norm",
         'fewer easy images',
         'groups of channels',
         'dropout',
@@ -107,8 +104,7 @@ FACTORS_95 = {
     )
 }
 
-OF_R = TRIED_94 | FACTORS_94
-OF_R.pop('22 px at first')  # for it R has the change of that name above
+OF_R = TRIED_94 | {name: FACTORS_94[name] for name in FACTORS_94 if name not in WITHOUT}
 
 TARGETS = {
     '94': (BASE_94, FACTORS_94),
