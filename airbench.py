@@ -72,6 +72,11 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
     if dtype is None:
         slow = trained_dtype == torch.float16 and device.type == 'cpu'
         dtype = torch.float32 if slow else trained_dtype
+    # Another version of a script can have another network, whose weights have the same shapes.
+    unknown = sorted(set(hyperparameters) - set(script.hyp))
+    if unknown:
+        raise ValueError(f'{file} does not fit the network of {script.__name__}.py, which knows no '
+                         f'{", ".join(unknown)}: load it with the version that trained it')
     net = script.Net(hyperparameters, len(classes), device, dtype)
     try:
         net.load_state_dict(weights)

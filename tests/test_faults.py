@@ -137,6 +137,15 @@ def test_a_network_of_a_copied_script(main, monkeypatch, tmp_path):
         airbench.load_net(file, script=airbench94_muon)
 
 
+def test_a_network_of_an_earlier_script_is_refused(tmp_path):
+    """airbench94_muon.py had `crops`, and a pool elsewhere, with the same names of weights."""
+    h = airbench94_muon.hyp | dict(widths=(8, 8, 8), crops=((24, 0.4),))
+    recipe = dict(script='airbench94_muon', hyperparameters=h, dtype='float32', classes=['x'] * 10)
+    airbench94_muon.save_net(airbench94_muon.Net(h), tmp_path / 'net.pt', recipe)
+    with pytest.raises(ValueError, match='which knows no crops: load it with the version that'):
+        airbench.load_net(tmp_path / 'net.pt')
+
+
 def test_device_and_dtype_of_a_loaded_network(tmp_path):
     h = airbench94.hyp | dict(widths=(8, 8, 8))
     net = airbench94.Net(h, dtype=torch.float16).eval()
