@@ -73,7 +73,8 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
         slow = trained_dtype == torch.float16 and device.type == 'cpu'
         dtype = torch.float32 if slow else trained_dtype
     # Another version of a script can have another network, whose weights have the same shapes.
-    unknown = sorted(set(hyperparameters) - set(script.hyp))
+    known = getattr(script, 'hyp', hyperparameters)
+    unknown = sorted(set(hyperparameters) - set(known))
     if unknown:
         raise ValueError(f'{file} does not fit the network of {script.__name__}.py, which knows no '
                          f'{", ".join(unknown)}: load it with the version that trained it')

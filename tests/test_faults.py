@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,8 @@ def test_a_network_of_an_earlier_script_is_refused(tmp_path):
     airbench94_muon.save_net(airbench94_muon.Net(h), tmp_path / 'net.pt', recipe)
     with pytest.raises(ValueError, match='which knows no crops: load it with the version that'):
         airbench.load_net(tmp_path / 'net.pt')
+    only_net = SimpleNamespace(__name__='only_net', Net=airbench94_muon.Net)  # has no hyp
+    assert airbench.load_net(tmp_path / 'net.pt', script=only_net).classes == ['x'] * 10
 
 
 def test_device_and_dtype_of_a_loaded_network(tmp_path):
