@@ -494,10 +494,11 @@ def image_sizes(h):
 
 
 @functools.cache
-def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype):
+def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, device, dtype):
     """
     The one compiled network of this kind in the process. Each run replaces its weights. To keep
     it, keep its state_dict(): in a copy of it, forward would still be that of the original.
+    net_class is Net, or what a user has put in its place.
 
     On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
     there in training than PyTorch's own.
@@ -512,7 +513,7 @@ def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, False)
     h = dict(widths=widths, bn_momentum=bn_momentum, scaling_factor=scaling_factor)
-    net = Net(h, num_classes, device, dtype)
+    net = net_class(h, num_classes, device, dtype)
     eager = net.forward
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
 
@@ -539,7 +540,10 @@ class CapturedStep:
     are, is part of the recording. On a CPU a step is run as it is.
 
     net: of compiled_net.
-    h: hyperparameters. The optimizers of make_optimizer must start from a state of zeros.
+    h: hyperparameters.
+
+    The optimizers of make_optimizer must start from a state of zeros. On CUDA they must read lr on
+    the GPU, as those of PyTorch do that have the argument capturable, and SGD, which is fused here.
     """
 
     def __init__(self, net, h):
@@ -552,11 +556,15 @@ class CapturedStep:
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peaks = [group['lr'] for group in self.groups]
         self.is_recorded = net.linear.weight.is_cuda
+        self.device = net.linear.weight.device
         for group in self.groups:
-            group['lr'] = torch.tensor(group['lr'], device=net.linear.weight.device)
+            group['lr'] = torch.full((), group['lr'], device=self.device)
             if 'capturable' in group:  # as Adam and its like call it
                 group['capturable'] = self.is_recorded
-        self.stream = torch.cuda.Stream() if self.is_recorded else None
+            elif 'fused' in group and self.is_recorded:
+                group['fused'] = True
+        # Of this device, which need not be the current one.
+        self.stream = torch.cuda.Stream(self.device) if self.is_recorded else None
         self.recordings = {}
 
     def momenta(self):
@@ -572,18 +580,18 @@ class CapturedStep:
             momentum.zero_()
 
     def record_all(self, sizes, batch_size):
-        """Records each kind of step, on random images."""
-        weight = self.net.linear.weight
+        """Records each kind of step that is new, on random images."""
         generator = torch.Generator().manual_seed(0)
-        labels = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
             inputs = torch.randn(batch_size, 3, size, size, generator=generator)
-            inputs = inputs.to(weight.device, weight.dtype)
+            inputs = inputs.to(self.device, self.net.linear.weight.dtype)
             # First with the bias trained: PyTorch before 2.12 takes what it compiles first for
             # both, and compiled with the bias frozen it would have no gradient.
             for is_trained in (True, False):
                 self.net.whiten.bias.requires_grad_(is_trained)
-                self(inputs, labels, factor=0.0)
+                if (inputs.shape, is_trained) not in self.recordings:
+                    self(inputs, labels, factor=0.0)
 
     def __call__(self, inputs, labels, factor):
         """
@@ -616,11 +624,11 @@ class CapturedStep:
         # What only the first steps do, to compile, to choose kernels, to make momenta, must not be
         # part of the recording. So two steps come first, on the stream of the recording, and what
         # they change is put back (PyTorch's notes on CUDA semantics, "Whole-network capture").
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream), self.changes_put_back():
             step()
             step()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.net.zero_grad()  # gradients get their memory from the recording
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
@@ -654,15 +662,19 @@ captured_steps = {}  # the latest of the process, by what it depends on
 
 
 def captured_step(h, num_classes, device, dtype):
-    """The CapturedStep of these hyperparameters. It is made anew if the last were others."""
+    """
+    The CapturedStep of these hyperparameters. It is made anew if the last were others, or if the
+    user has put other code in the place of Net, make_optimizer or train_step. After a change of
+    other code, call captured_steps.clear() and compiled_net.cache_clear().
+    """
     of_step = {key: value for key, value in h.items() if key not in SCHEDULE}
-    key = repr((of_step, num_classes, device, dtype))
+    key = repr((of_step, num_classes, device, dtype)), Net, make_optimizer, train_step
     if key not in captured_steps:
         captured_steps.clear()
-        net = compiled_net(tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], num_classes,
-                           device, dtype)
+        net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
+                           num_classes, device, dtype)
         captured_steps[key] = CapturedStep(net, h)
-        captured_steps[key].record_all(image_sizes(h), h['batch_size'])
+    captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
 
 
@@ -690,10 +702,9 @@ def what_compiling_lacks(device):
     compiler = os.environ.get('CXX') or compilers.get(sys.platform, 'g++')
     if not shutil.which(compiler):
         return (f'torch.compile needs a C++ compiler, and there is no {compiler}: install one, and '
-                'set $CXX to its name, or use airbench94.py, which does without')
+                'set $CXX to its name')
     if device.type == 'cuda' and importlib.util.find_spec('triton') is None:
-        return ('torch.compile needs Triton on CUDA, and it is not installed: use airbench94.py, '
-                'which does without')
+        return 'torch.compile needs Triton on CUDA, and it is not installed: install it'
     return None
 
 
@@ -751,9 +762,14 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         dtype = getattr(torch, dtype)
 
     if h['compile']:
-        if net is not None:
+        num_classes = len(loader.classes)
+        if net is not None:  # the compiled network has to be like it
             dtype = torch.bfloat16 if net.autocast else net.linear.weight.dtype
-        captured = captured_step(h, len(loader.classes), device, dtype)
+            num_classes = net.linear.out_features
+            h['widths'] = tuple(block.norm2.num_features for block in net.blocks)
+            h['bn_momentum'] = net.blocks[0].norm1.momentum
+            h['scaling_factor'] = net.scaling_factor
+        captured = captured_step(h, num_classes, device, dtype)
     if seed is not None:
         torch.manual_seed(seed)
     total_steps = math.ceil(h['epochs'] * len(loader))
@@ -842,7 +858,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         tta_val_acc = evaluate(net, test_loader, h['tta_level'], mirror)
         seconds += synchronized_time(device) - start
         report(dict(epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step))
-    own_net.load_state_dict(net.state_dict())
+    if h['compile']:
+        own_net.load_state_dict(net.state_dict())
     return own_net.eval()
 
 
@@ -1255,7 +1272,7 @@ def parse_arguments():
         else:
             print(f'note: not compiled, so slower. {lacks}', file=sys.stderr)
     if args.compile and lacks is not None:
-        raise ValueError(lacks)
+        raise ValueError(f'{lacks}, or use airbench94.py, which does without')
     args.h = merge({key: getattr(args, key) for key in hyp})
     if args.runs is None:
         args.runs = 25 if args.device.type == 'cuda' else 1

@@ -9,8 +9,8 @@ The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GP
 - Muon optimises the filters of the blocks, in batches of 2,000;
 - most steps see the images reduced to 22 and 26 pixels;
 - the first block has 2x2 convolutions;
-- a block's first convolution has fewer channels, where a pool follows it; the last block has more
-  channels, and its pool is moved to before it, after the second block's last convolution;
+- a convolution that a pool follows has fewer channels, and the last block has more;
+- the last block's pool has moved into the second block, right after its last convolution;
 - values that a pool would drop, and products with the padding of small maps, are not computed;
 - lr stays constant for the last steps, and only these have a Lookahead;
 - only the images of which the network is least sure get translated test views.
@@ -63,13 +63,13 @@ hyp = dict(
     epochs=17.0,
     batch_size=2000,
     # lr and weight_decay are per 1,024 images, and can be tuned one by one: see make_optimizer.
-    lr=2.9,                  # of the head
+    lr=2.9,                  # of the head; that of the biases follows it
     momentum=0.85,
     weight_decay=0.0153,
     bias_scaler=144.0,       # the lr of the biases is this much higher
     muon_lr=0.24,            # of the blocks' filters, which have no weight decay
     muon_momentum=0.6,
-    lr_start=1.0,            # the first step has lr times this
+    lr_start=1.0,            # of the first step, times lr; without effect where lr_peak is 0
     lr_peak=0.0,             # after this share of the steps lr is reached: at once
     lr_end=0.05,             # then every lr falls to this share of its peak,
     lr_tail=0.04,            # and stays there for the last steps, this share of all
@@ -289,7 +289,8 @@ def convolve_small_maps(x, weight):
     For a pair of channels and a map of 2x2, F.conv2d computes 36 products, 20 of them with zeros of
     the padding. For a map of 3x3 it computes 81, 32 of them with zeros. Here the padding is left
     out. On 2x2 that leaves 16 products. On 3x3 it leaves 63: 14 are with zeros that fill up the
-    matrices. Large matrix products are also faster than convolutions of small maps.
+    matrices. On a CPU, large matrix products are also faster than convolutions of small maps
+    (results/steps).
 
     x: (N, channels_in, side, side).
     weight: (channels_out, channels_in, 3, 3).
@@ -351,8 +352,8 @@ class Block(nn.Module):
     """
     Two convolutions, each with a norm and a GELU.
 
-    The first at most doubles the channels: where a pool follows it, it works on larger maps, and
-    costs the most.
+    The first has at most twice the channels that come in: it works on larger maps than the second,
+    where a pool follows it, and costs the most.
 
     pool1: whether a pool follows the first convolution, before its norm.
     pool2: whether a pool follows the second convolution, before its norm.
@@ -684,10 +685,11 @@ def image_sizes(h):
 
 
 @functools.cache
-def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype):
+def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, device, dtype):
     """
     The one compiled network of this kind in the process. Each run replaces its weights. To keep
     it, keep its state_dict(): in a copy of it, forward would still be that of the original.
+    net_class is Net, or what a user has put in its place.
 
     On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
     there in training than PyTorch's own.
@@ -702,7 +704,7 @@ def compiled_net(widths, bn_momentum, scaling_factor, num_classes, device, dtype
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, False)
     h = dict(widths=widths, bn_momentum=bn_momentum, scaling_factor=scaling_factor)
-    net = Net(h, num_classes, device, dtype)
+    net = net_class(h, num_classes, device, dtype)
     eager = net.forward
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
 
@@ -729,7 +731,10 @@ class CapturedStep:
     are, is part of the recording. On a CPU a step is run as it is.
 
     net: of compiled_net.
-    h: hyperparameters. The optimizers of make_optimizer must start from a state of zeros.
+    h: hyperparameters.
+
+    The optimizers of make_optimizer must start from a state of zeros. On CUDA they must read lr on
+    the GPU, as those of PyTorch do that have the argument capturable, and SGD, which is fused here.
     """
 
     def __init__(self, net, h):
@@ -742,11 +747,15 @@ class CapturedStep:
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peaks = [group['lr'] for group in self.groups]
         self.is_recorded = net.linear.weight.is_cuda
+        self.device = net.linear.weight.device
         for group in self.groups:
-            group['lr'] = torch.tensor(group['lr'], device=net.linear.weight.device)
+            group['lr'] = torch.full((), group['lr'], device=self.device)
             if 'capturable' in group:  # as Adam and its like call it
                 group['capturable'] = self.is_recorded
-        self.stream = torch.cuda.Stream() if self.is_recorded else None
+            elif 'fused' in group and self.is_recorded:
+                group['fused'] = True
+        # Of this device, which need not be the current one.
+        self.stream = torch.cuda.Stream(self.device) if self.is_recorded else None
         self.recordings = {}
 
     def momenta(self):
@@ -762,18 +771,18 @@ class CapturedStep:
             momentum.zero_()
 
     def record_all(self, sizes, batch_size):
-        """Records each kind of step, on random images."""
-        weight = self.net.linear.weight
+        """Records each kind of step that is new, on random images."""
         generator = torch.Generator().manual_seed(0)
-        labels = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
             inputs = torch.randn(batch_size, 3, size, size, generator=generator)
-            inputs = inputs.to(weight.device, weight.dtype)
+            inputs = inputs.to(self.device, self.net.linear.weight.dtype)
             # First with the bias trained: PyTorch before 2.12 takes what it compiles first for
             # both, and compiled with the bias frozen it would have no gradient.
             for is_trained in (True, False):
                 self.net.whiten.bias.requires_grad_(is_trained)
-                self(inputs, labels, factor=0.0)
+                if (inputs.shape, is_trained) not in self.recordings:
+                    self(inputs, labels, factor=0.0)
 
     def __call__(self, inputs, labels, factor):
         """
@@ -806,11 +815,11 @@ class CapturedStep:
         # What only the first steps do, to compile, to choose kernels, to make momenta, must not be
         # part of the recording. So two steps come first, on the stream of the recording, and what
         # they change is put back (PyTorch's notes on CUDA semantics, "Whole-network capture").
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream), self.changes_put_back():
             step()
             step()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.net.zero_grad()  # gradients get their memory from the recording
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
@@ -844,15 +853,19 @@ captured_steps = {}  # the latest of the process, by what it depends on
 
 
 def captured_step(h, num_classes, device, dtype):
-    """The CapturedStep of these hyperparameters. It is made anew if the last were others."""
+    """
+    The CapturedStep of these hyperparameters. It is made anew if the last were others, or if the
+    user has put other code in the place of Net, make_optimizer or train_step. After a change of
+    other code, call captured_steps.clear() and compiled_net.cache_clear().
+    """
     of_step = {key: value for key, value in h.items() if key not in SCHEDULE}
-    key = repr((of_step, num_classes, device, dtype))
+    key = repr((of_step, num_classes, device, dtype)), Net, make_optimizer, train_step
     if key not in captured_steps:
         captured_steps.clear()
-        net = compiled_net(tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], num_classes,
-                           device, dtype)
+        net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
+                           num_classes, device, dtype)
         captured_steps[key] = CapturedStep(net, h)
-        captured_steps[key].record_all(image_sizes(h), h['batch_size'])
+    captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
 
 
@@ -880,10 +893,9 @@ def what_compiling_lacks(device):
     compiler = os.environ.get('CXX') or compilers.get(sys.platform, 'g++')
     if not shutil.which(compiler):
         return (f'torch.compile needs a C++ compiler, and there is no {compiler}: install one, and '
-                'set $CXX to its name, or use airbench94.py, which does without')
+                'set $CXX to its name')
     if device.type == 'cuda' and importlib.util.find_spec('triton') is None:
-        return ('torch.compile needs Triton on CUDA, and it is not installed: use airbench94.py, '
-                'which does without')
+        return 'torch.compile needs Triton on CUDA, and it is not installed: install it'
     return None
 
 
@@ -941,9 +953,14 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         dtype = getattr(torch, dtype)
 
     if h['compile']:
-        if net is not None:
+        num_classes = len(loader.classes)
+        if net is not None:  # the compiled network has to be like it
             dtype = torch.bfloat16 if net.autocast else net.linear.weight.dtype
-        captured = captured_step(h, len(loader.classes), device, dtype)
+            num_classes = net.linear.out_features
+            h['widths'] = tuple(block.norm2.num_features for block in net.blocks)
+            h['bn_momentum'] = net.blocks[0].norm1.momentum
+            h['scaling_factor'] = net.scaling_factor
+        captured = captured_step(h, num_classes, device, dtype)
     if seed is not None:
         torch.manual_seed(seed)
     total_steps = math.ceil(h['epochs'] * len(loader))
@@ -1008,8 +1025,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 for scheduler in schedulers:
                     scheduler.step()
             step += 1
-            # In the tail the average takes the noise of a constant lr out of the weights. The last
-            # step is followed by an update.
+            # In the tail the average takes the noise of a constant lr out of the weights. Updates
+            # are counted back from the last step, so that it is followed by one.
             if step == tail:
                 lookahead_update(average, state, decay=0.0)  # the average begins as the network
             elif step > tail and (total_steps - step) % h['lookahead_every'] == 0:
@@ -1040,7 +1057,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         tta_val_acc = evaluate(net, test_loader, h['tta_level'], mirror)
         seconds += synchronized_time(device) - start
         report(dict(epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step))
-    own_net.load_state_dict(net.state_dict())
+    if h['compile']:
+        own_net.load_state_dict(net.state_dict())
     return own_net.eval()
 
 
@@ -1465,7 +1483,7 @@ def parse_arguments():
         else:
             print(f'note: not compiled, so slower. {lacks}', file=sys.stderr)
     if args.compile and lacks is not None:
-        raise ValueError(lacks)
+        raise ValueError(f'{lacks}, or train without by --compile False')
     args.h = merge({key: getattr(args, key) for key in hyp})
     if args.runs is None:
         args.runs = 25 if args.device.type == 'cuda' else 1

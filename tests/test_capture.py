@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA_ENVIRONMENT, ROOT, keep
+from conftest import CUDA_ENVIRONMENT, ROOT, VERSION, keep
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import airbench94_compiled
 import airbench94_muon
@@ -94,7 +95,7 @@ class FakeGraphs:
         monkeypatch.setattr(module, 'train_step', self.train_step)
         captured.stream = stream = SimpleNamespace(wait_stream=lambda other: None)
         for name, value in dict(
-            current_stream=lambda: stream,
+            current_stream=lambda device: stream,
             stream=lambda stream: contextlib.nullcontext(),
             CUDAGraph=lambda: SimpleNamespace(),
             graph=self.graph,
@@ -183,6 +184,102 @@ def test_any_optimizer_is_captured(tiny, uncompiled, monkeypatch):
     assert torch.equal(*map(weights_of, nets))
 
 
+@MODULES
+@pytest.mark.parametrize('name', ['Net', 'make_optimizer', 'train_step'])
+def test_code_that_is_replaced_after_a_capture(module, name, tiny, uncompiled, monkeypatch):
+    """It is used, as it is without a capture; and the real one is again, afterwards."""
+    real = getattr(module, name)
+    calls = []
+
+    def other(*args, **options):
+        calls.append(name)
+        return real(*args, **options)
+
+    loader, options = loader_of(module, tiny), dict(SMALL, epochs=1, compile=True)
+    before = module.train(loader, seed=1, **options)
+    (first,) = module.captured_steps.values()
+    monkeypatch.setattr(module, name, other)
+    module.train(loader, seed=1, **options)
+    # Net is called for the network that is returned, too; the others by what is captured alone.
+    assert len(calls) >= (2 if name == 'Net' else 1)
+    assert first not in module.captured_steps.values()  # a recording would go on as it was
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+    calls.clear()
+    assert torch.equal(weights_of(module.train(loader, seed=1, **options)), weights_of(before))
+    assert calls == []
+
+
+@MODULES
+def test_a_given_network_is_trained_as_it_is(module, tiny, uncompiled):
+    """Of other widths, classes, BatchNorm and factor of the logits than the hyperparameters say."""
+    h = module.hyp | dict(widths=(8, 12, 20), bn_momentum=0.1, scaling_factor=0.3)
+    loader, nets = loader_of(module, tiny), []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        net = module.Net(h, num_classes=12)
+        module.init_whitening(net, loader.normalize(loader.images[:100]))
+        options = dict(SMALL, epochs=1, seed=2, compile=compile)
+        nets.append(module.train(loader, net=net, **options))
+        assert nets[-1] is net
+    states = [
+        torch.cat([x.flatten() for x in net.state_dict().values() if x.is_floating_point()])
+        for net in nets
+    ]
+    assert (states[0] - states[1]).norm() / states[0].norm() < 0.01
+
+
+def test_sizes_that_are_new_are_recorded_before_the_training(tiny, uncompiled):
+    """Each with the bias trained and frozen, though in this training it is never frozen."""
+    loader = loader_of(airbench94_muon, tiny)
+    options = dict(SMALL, epochs=1, compile=True)
+    airbench94_muon.train(loader, **options)
+    (step,) = airbench94_muon.captured_steps.values()
+    assert len(step.recordings) == 6
+    airbench94_muon.train(loader, sizes=((16, 0.5),), **options)
+    assert list(airbench94_muon.captured_steps.values()) == [step]
+    added = [(shape[-1], trained) for shape, trained in list(step.recordings)[6:]]
+    assert added == [(16, True), (16, False)]
+
+
+@pytest.mark.parametrize('make', [
+    lambda filters: torch.optim.SGD(filters, lr=0.1),
+    lambda filters: torch.optim.SGD(filters, lr=0.1, momentum=0.9, nesterov=True),
+    lambda filters: torch.optim.AdamW(filters, lr=0.1),
+    lambda filters: airbench94_muon.Muon(filters, lr=0.1),
+])  # fmt: skip
+@pytest.mark.skipif(VERSION < (2, 11), reason='it initialised CUDA even for fake tensors')
+def test_optimizers_read_lr_on_the_device(make, monkeypatch):
+    """On a GPU that has no memory: FakeTensorMode refuses to read a number, as a capture does."""
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: device)
+    # The fake mode does not know this one, whose kernel reads lr on the GPU.
+    monkeypatch.setattr(torch, '_fused_sgd_', lambda *args, **options: None)
+    real_make_optimizer = airbench94_muon.make_optimizer
+
+    def make_optimizer(net, h):
+        sgd, muon = real_make_optimizer(net, h)
+        return [sgd, make(muon.param_groups[0]['params'])]
+
+    monkeypatch.setattr(airbench94_muon, 'make_optimizer', make_optimizer)
+    net = airbench94_muon.Net(device='meta', dtype=torch.float16)
+    with FakeTensorMode():
+        for module in net.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.empty_strided(
+                        p.shape, p.stride(), dtype=p.dtype, device='cuda:1'
+                    )
+        captured = airbench94_muon.CapturedStep(net, airbench94_muon.hyp)
+        assert captured.is_recorded and captured.stream == torch.device('cuda:1')
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        for group in captured.groups:
+            group['lr'].fill_(0.1)  # no constant any more, which the fake mode would know
+        for optimizer in captured.optimizers:
+            optimizer.step()
+            optimizer.step()
+
+
 @pytest.mark.parametrize('backend, size, trained', [
     ('inductor', 24, True),
     ('eager', 24, False),
@@ -231,17 +328,17 @@ def test_nothing_is_compiled_after_the_warm_up(module, tiny, monkeypatch):
                                               if key != 'verbose'})  # fmt: skip
         before = counters['stats']['unique_graphs']
         assert before >= start + 2
-    rows = []
-    for seed, epochs in ((0, 2), (1, 5)):
-        module.train(
-            loader,
-            test_loader,
-            seed=seed,
-            epochs=epochs,
-            whiten_bias_epochs=1,
-            callback=keep(rows),
-            **options,
-        )
+        rows = []
+        for seed, epochs in ((0, 2), (1, 5)):
+            module.train(
+                loader,
+                test_loader,
+                seed=seed,
+                epochs=epochs,
+                whiten_bias_epochs=1,
+                callback=keep(rows),
+                **options,
+            )
     assert len(rows) == 3 + 6 and counters['stats']['unique_graphs'] == before
     assert len(module.captured_steps) == 1
 

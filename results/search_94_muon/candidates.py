@@ -5,9 +5,10 @@ What the searches for 94% and 95% by Muon are to try next, and what came of it.
     python results/search_94_muon/candidates.py effects 94 LOG
 
 A single run scatters too much to show 0.1 points, so no change is tried alone. In each run about
-half of the changes are on, so that every run tells something of each of them: eight runs measure
-seven changes as well as eight runs would measure one (a fractional factorial design; D. C.
-Montgomery, "Design and Analysis of Experiments", chapter 8). That supposes that the effects add up.
+half of the changes are on, so that every run tells something of each of them: 32 runs measure
+16 changes as well as 32 runs would measure one (a fractional factorial design; D. C. Montgomery,
+"Design and Analysis of Experiments", chapter 8). That supposes that the effects add up. Fewer runs
+say less, and none where they are not more than the changes.
 
 queue prints lines for search.py, each run with its own seed. effects prints what each change added
 to the accuracy, by least squares, with 95% intervals; runs with other changes are left out. With
@@ -126,6 +127,7 @@ def recipe(target, names, half=False):
         changes |= factors[name]
     if half:
         stages = [[*stage, 1000] for stage in changes['stages']]
+        # The test, 0.005 PFLOPs, does not halve.
         changes |= dict(budget=round(changes['budget'] / 2 + 0.0025, 4), stages=stages)
         changes |= dict(train_images=25000, bias_lr=0.106, head_lr=1.34)
     return changes

@@ -4,13 +4,14 @@ as it ends.
 
     python results/search_94_muon/search.py QUEUE LOG DATA
 
-A line of QUEUE is a JSON object, what is changed of `base` below, and "seed"; lines may be added
-while it runs. A line of LOG is a run: changes, seed, steps, PFLOPs (training, optimiser and
-test-time augmentation) and the accuracy without test-time augmentation, with the mirrored pair, and
-with `selective`: for the tta_share of the images that the pair leaves least sure, all nine
-one-pixel translations, mirrored. `budget`, in PFLOPs, sets the number of steps. With `train_images`
-below 50,000 there is `held_out` too, the accuracy of the other images with the mirrored pair. With
-"save" the trained weights go to a file of that name.
+A line of QUEUE is a JSON object, what is changed of `base` below, and "seed". Lines may be added
+while it runs, and it waits for them until it is stopped. Started again, it begins with the first
+line: give it a queue of what is left. A line of LOG is a run: changes, seed, steps, PFLOPs
+(training, optimiser and test-time augmentation) and the accuracy without test-time augmentation,
+with the mirrored pair, and with `selective`: for the tta_share of the images that the pair leaves
+least sure, all nine one-pixel translations, mirrored. `budget`, in PFLOPs, sets the number of
+steps. With `train_images` below 50,000 there is `held_out` too, the accuracy of the other images
+with the mirrored pair. With "save" the trained weights go to a file of that name.
 """
 
 import ctypes
