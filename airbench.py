@@ -72,6 +72,8 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
     if dtype is None:
         slow = trained_dtype == torch.float16 and device.type == 'cpu'
         dtype = torch.float32 if slow else trained_dtype
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
     # Another version of a script can have another network, whose weights have the same shapes.
     known = getattr(script, 'hyp', hyperparameters)
     unknown = sorted(set(hyperparameters) - set(known))

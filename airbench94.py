@@ -15,6 +15,7 @@ import argparse
 import ast
 import copy
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -196,7 +197,7 @@ class CifarLoader:
         self.mean = torch.tensor(CIFAR_MEAN, device=device)
         self.std = torch.tensor(CIFAR_STD, device=device)
         self.batch_size = batch_size
-        self.aug = aug or {}
+        self.aug = {} if aug is None else copy.copy(aug)
         self.altflip = altflip
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
@@ -205,6 +206,8 @@ class CifarLoader:
         self.check()
 
     def check(self):
+        if not isinstance(self.aug, dict):
+            raise ValueError(f'aug must be a dict, as dict(flip=True), not {self.aug!r}')
         known = ('flip', 'translate')
         for name, value in self.aug.items():
             if name not in known or value not in range(32):
@@ -219,7 +222,8 @@ class CifarLoader:
             raise ValueError(f'there must be a label for each of the {n} images, not '
                              f'{tuple(self.labels.shape)}')
         if self.batch_size < 1 or len(self) < 1:
-            raise ValueError(f'no batch of {self.batch_size} from {n} images')
+            raise ValueError(f'no batch of {self.batch_size} from {n} images: batch_size must be '
+                             f'from 1 to {n}, or with drop_last=False more')
 
     def normalize(self, images):
         mean = torch.as_tensor(self.mean, dtype=images.dtype, device=images.device)
@@ -488,12 +492,12 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe).
     test_loader: what to evaluate on (default: the test images of train_loader's folder). Its
         images are normalised by train_loader's mean and std.
-    net: a Net to train on, in place, its first layer as it is (default: a new one).
+    net: a Net to train on, in place, its first layer as it is (default: a new one). It has its own
+        dtype, widths, bn_momentum and scaling_factor, whatever is given here.
     seed: for PyTorch's global generators (default: they go on from where they are). Two trainings
         in threads of one process share them, and so cannot be repeated.
     device: to train on (default: the loader's).
-    dtype: see Net; its name will do (default: the fastest on the device, see default_dtype). A net
-        that is given has its own.
+    dtype: see Net; its name will do (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch.
@@ -517,7 +521,6 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if key in overrides:
             setattr(loader, key, overrides[key])
         h[key] = getattr(loader, key)
-    check_data(loader, test_loader)
     if net is not None:
         device = net.linear.weight.device
     # With its number: cuda becomes the current one, as cuda:0.
@@ -525,10 +528,16 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     evaluates = verbose or callback is not None
     if evaluates and test_loader is None:
         test_loader = CifarLoader(loader.path, train=False, device=device)
+    check_data(loader, test_loader)
+    if net is not None and net.linear.out_features != len(loader.classes):
+        raise ValueError(f'net has {net.linear.out_features} outputs, and train_loader '
+                         f'{len(loader.classes)} classes')
     if dtype is None:
         dtype = default_dtype(device)
     elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f'dtype must be float32, float16 or bfloat16, not {dtype}')
 
     if seed is not None:
         torch.manual_seed(seed)
@@ -556,7 +565,11 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     def report(row):
         if verbose:
             print_row(row)
-        return callback is not None and callback(net, row)
+        stop = None if callback is None else callback(net, row)
+        if stop not in (None, False, True):  # as of file.write, which counts characters
+            raise TypeError('callback must return None, or True to end the training, not '
+                            f'{stop!r:.50}')
+        return stop
 
     if verbose:
         print_table_head()
@@ -586,6 +599,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
             lookahead_update(average, state, decay=1.0)  # the network becomes the average
         seconds += synchronized_time(device) - start
 
+        net.eval()
         stop = False
         if evaluates:
             row = dict(
@@ -613,11 +627,13 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     return net.eval()
 
 
-def warmup(train_loader=None, test_loader=None, *, device=None, dtype=None, **overrides):
+def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=None, dtype=None,
+           verbose=None, callback=None, **overrides):
     """
     Sets the process up and, on a GPU, trains for a moment. To be called once, before the timing.
 
-    On a GPU the first use of each kernel is slow. The arguments are those of train.
+    On a GPU the first use of each kernel is slow. The arguments are those of train; net, seed,
+    verbose and callback have no effect.
     """
     if device is None:
         device = DEVICE if train_loader is None else train_loader.images.device
@@ -705,6 +721,9 @@ def check_data(train_loader, test_loader):
         if not 0 <= lowest <= highest <= 1:
             raise ValueError(f'{name}.images must be from 0 to 1, as by / 255, not from '
                              f'{lowest:.3g} to {highest:.3g}')
+        if loader.labels.dtype != torch.int64:
+            raise ValueError(f'{name}.labels must be int64, as by .long(), not '
+                             f'{loader.labels.dtype}')
         if not 0 <= loader.labels.min() <= loader.labels.max() < num_classes:
             raise ValueError(f'{name}.labels must be from 0 to {num_classes - 1}, as train_loader '
                              f'has {num_classes} classes')
@@ -815,6 +834,15 @@ def count_pflops(h, steps, test_size, num_classes=10, total_steps=None):
     return counter.get_total_flops() / 1e15
 
 
+def is_record(line):
+    """Whether a line is whole. One of a log that was cut off has no closing brace."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def read_log(path):
     """
     The latest header and the runs of a log, or {} and [] if there is no such file yet.
@@ -824,7 +852,9 @@ def read_log(path):
     """
     if not path.is_file() or path.stat().st_size == 0:
         return {}, []
-    *lines, _ = path.read_bytes().split(b'\n')  # the last is empty, or was cut off
+    *lines, last = path.read_bytes().split(b'\n')
+    if is_record(last):  # else it is empty, or was cut off
+        lines.append(last)
     try:
         records = [json.loads(line) for line in lines]
         headers = [record for record in records if record['type'] == 'header']
@@ -887,8 +917,11 @@ def open_log(path, header):
         old, runs = read_log(path)
         if old:
             check_experiment(path, header, old)
-            size = path.read_bytes().rfind(b'\n') + 1
-            if size < path.stat().st_size:
+            text = path.read_bytes()
+            size = text.rfind(b'\n') + 1
+            if is_record(text[size:]):
+                print(file=log)  # the end of the line, which an editor may leave out
+            elif size < len(text):
                 print(f'note: {path} ended in a torn line, which was dropped', file=sys.stderr)
                 log.truncate(size)
         changed = [key for key in ('source', 'torch', 'device', 'threads')
@@ -1020,14 +1053,19 @@ def main():
     # torchrun starts a process for each device, which takes its share of the seeds.
     rank = int(os.environ.get('RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    gpus = torch.cuda.device_count()
     if 'LOCAL_RANK' in os.environ:
         local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        if local_rank < gpus:
+            torch.cuda.set_device(local_rank)
     try:  # what is caught here are the user's mistakes: arguments, data, log
         args = parse_arguments()
         h = args.h
+        if args.device.type == 'cuda' and local_rank >= gpus:
+            raise ValueError(f'torchrun starts more processes than the {gpus} GPUs: give it a '
+                             'lower --nproc-per-node')
         train_loader = CifarLoader(args.data, True, h['batch_size'], h['aug'],
                                    altflip=h['altflip'], device=args.device)
         test_loader = CifarLoader(args.data, False, device=args.device)
@@ -1035,7 +1073,12 @@ def main():
 
         now = time.strftime('%Y%m%d-%H%M%S')
         path = args.log or Path('logs', f'{script}-{now}-{os.getpid()}.jsonl')
+        others = []
         if 'RANK' in os.environ:
+            # The runs of all ranks, as another number of them may have begun the series.
+            for other in path.parent.glob(f'{glob.escape(path.stem)}.rank*{path.suffix}'):
+                with suppress(ValueError):  # its own rank has yet to begin it, or will refuse it
+                    others += read_log(other)[1]
             path = path.with_suffix(f'.rank{rank}{path.suffix}')
         old, _ = read_log(path)
         fastest = str(default_dtype(args.device)).removeprefix('torch.')
@@ -1060,7 +1103,7 @@ def main():
         )
         set_up_process(args.device)
         log, runs = open_log(path, header)
-        done = {run['seed'] for run in runs}
+        done = {run['seed'] for run in runs + others}
         seeds = range(first_seed + rank, first_seed + args.runs, world_size)
         if args.save:
             if args.save.is_file():
@@ -1070,7 +1113,8 @@ def main():
                           classes=train_loader.classes)
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
-                check_saved(file, dict(recipe, seed=seed), is_logged=seed in done)
+                has_net = {run['seed'] for run in runs + others if not run['diverged']}
+                check_saved(file, dict(recipe, seed=seed), is_logged=seed in has_net)
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]
         print(f'{script}: error: {first_line}', file=sys.stderr)

@@ -32,11 +32,18 @@ def main():
     )
     parser.add_argument('--runs', type=int, default=50, help='of each (default: %(default)s)')
     parser.add_argument('--folder', type=Path, default=Path('logs'), help='(default: logs)')
+    parser.add_argument(
+        '--save', type=Path, help='for the trained networks, a folder for each (default: none)'
+    )
     args, passed_on = parser.parse_known_args()
+    if args.runs < 1:
+        parser.error(f'--runs must be at least 1, not {args.runs}')
     for runs in range(1, args.runs + 1):
         for arm, changes in ARMS.items():
             log = args.folder / f'{arm}.jsonl'
             words = [*passed_on, *changes, '--log', str(log), '--runs', str(runs)]
+            if args.save:
+                words += ['--save', str(args.save / arm)]
             sys.argv = ['airbench94.py', *words]
             code = airbench94.main()  # adds the run that the log lacks
             if code != 0:

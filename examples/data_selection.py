@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from a checkout as it stands
-from airbench import CifarLoader, infer, train94  # noqa: E402
+from airbench import CifarLoader, infer, train94, warmup94  # noqa: E402
 from airbench94 import device_name, hyp  # noqa: E402
 
 
@@ -78,6 +78,7 @@ def main():
         file=log,
     )
     results = []
+    warmup94(train_loader, test_loader)
 
     def run(name, loader, seed, **options):
         print(f'\n{name}: {len(loader.images)} images')

@@ -50,12 +50,19 @@ def main():
     )
     parser.add_argument('--runs', type=int, default=50, help='of each (default: %(default)s)')
     parser.add_argument('--folder', type=Path, default=Path('logs'), help='(default: logs)')
+    parser.add_argument(
+        '--save', type=Path, help='for the trained networks, a folder for each (default: none)'
+    )
     args, passed_on = parser.parse_known_args()
+    if args.runs < 1:
+        parser.error(f'--runs must be at least 1, not {args.runs}')
     logs = {name: args.folder / f'optimizer_{name}.jsonl' for name in OPTIMIZERS}
     for runs in range(1, args.runs + 1):
         for name, make_optimizer in OPTIMIZERS.items():
             airbench94_muon.make_optimizer = make_optimizer
             words = [*passed_on, '--log', str(logs[name]), '--runs', str(runs)]
+            if args.save:
+                words += ['--save', str(args.save / name)]
             sys.argv = ['airbench94_muon.py', *words]
             code = airbench94_muon.main()  # adds the run that the log lacks
             if code != 0:

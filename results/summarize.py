@@ -49,8 +49,14 @@ def read_logs(paths):
     for path in paths:
         try:
             with open(path) as file:
-                # A line without its end was torn by a run that was cut off, or is being written.
-                records = [json.loads(line) for line in file if line.endswith('\n')]
+                records = []
+                for line in file:
+                    try:
+                        records.append(json.loads(line))
+                    except ValueError:
+                        # Without its end it was cut off with its run, or is being written.
+                        if line.endswith('\n'):
+                            raise
             known = records[0]['type'] == 'header' and all(
                 KEYS[record['type']] <= set(record) for record in records
             )

@@ -212,12 +212,12 @@ def test_code_that_is_replaced_after_a_capture(module, name, tiny, uncompiled, m
 
 @MODULES
 def test_a_given_network_is_trained_as_it_is(module, tiny, uncompiled):
-    """Of other widths, classes, BatchNorm and factor of the logits than the hyperparameters say."""
+    """Of other widths, BatchNorm and factor of the logits than the hyperparameters say."""
     h = module.hyp | dict(widths=(8, 12, 20), bn_momentum=0.1, scaling_factor=0.3)
     loader, nets = loader_of(module, tiny), []
     for compile in (False, True):
         torch.manual_seed(0)
-        net = module.Net(h, num_classes=12)
+        net = module.Net(h)
         module.init_whitening(net, loader.normalize(loader.images[:100]))
         options = dict(SMALL, epochs=1, seed=2, compile=compile)
         nets.append(module.train(loader, net=net, **options))
@@ -363,11 +363,15 @@ def test_the_command_line_compiles_on_cuda_alone(
     assert capsys.readouterr() == ('', note)
 
 
-def test_the_command_line_says_what_it_lacks_to_compile(monkeypatch):
-    monkeypatch.setattr(airbench94_muon, 'what_compiling_lacks', lambda device: 'no Triton')
-    monkeypatch.setattr(sys, 'argv', ['airbench94_muon.py', '--device', 'cpu', '--compile', 'True'])
-    with pytest.raises(ValueError, match='no Triton'):
-        airbench94_muon.parse_arguments()
+@pytest.mark.parametrize('module, advice', [
+    (airbench94_compiled, 'or use airbench94.py'),
+    (airbench94_muon, 'or train without by --compile False'),
+])  # fmt: skip
+def test_the_command_line_says_what_it_lacks_to_compile(module, advice, monkeypatch):
+    monkeypatch.setattr(module, 'what_compiling_lacks', lambda device: 'no Triton')
+    monkeypatch.setattr(sys, 'argv', ['script.py', '--device', 'cpu', '--compile', 'True'])
+    with pytest.raises(ValueError, match=f'no Triton, {advice}'):
+        module.parse_arguments()
 
 
 ON_CUDA = """

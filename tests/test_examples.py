@@ -19,6 +19,7 @@ def test_data_selection(tmp_path, monkeypatch, capsys):
     write_split(tmp_path / 'train.pt', 1800, seed=0)
     write_split(tmp_path / 'test.pt', 50, seed=1)
     monkeypatch.setitem(airbench94.hyp, 'widths', (8, 8, 8))
+    monkeypatch.setattr(airbench94, 'set_up_process', lambda device: None)
     monkeypatch.setattr(sys, 'path', sys.path[:])
     monkeypatch.setattr(
         sys,
@@ -86,12 +87,14 @@ def small(monkeypatch):
 
 
 def test_ablations(tmp_path, monkeypatch, small):
-    words = ['--runs', 2, '--folder', tmp_path, *FLAGS]
+    words = ['--runs', 2, '--folder', tmp_path, '--save', tmp_path / 'nets', *FLAGS]
     assert run_example('ablations', words, monkeypatch) == 0
     logs = {arm: summarize.read_logs([tmp_path / f'{arm}.jsonl'])
             for arm in ('baseline', 'random_flip', 'no_lookahead')}  # fmt: skip
     header, runs = logs['baseline']
     assert [run['seed'] for run in runs] == [0, 1]
+    saved = {arm: [file.name for file in (tmp_path / 'nets' / arm).iterdir()] for arm in logs}
+    assert all(len(files) == 2 for files in saved.values())
     for arm, change in (('random_flip', 'altflip'), ('no_lookahead', 'lookahead')):
         other, runs = logs[arm]
         assert [run['seed'] for run in runs] == [0, 1]
@@ -103,14 +106,21 @@ def test_ablations(tmp_path, monkeypatch, small):
 def test_optimizers(tmp_path, monkeypatch, small, capsys):
     real = airbench94_muon.make_optimizer
     monkeypatch.setattr(airbench94_muon, 'make_optimizer', real)  # put back afterwards
-    words = ['--runs', 2, '--folder', tmp_path, *FLAGS]
+    words = ['--runs', 2, '--folder', tmp_path, '--save', tmp_path / 'nets', *FLAGS]
     assert run_example('optimizers', words, monkeypatch) == 0
+    assert len(list(tmp_path.glob('nets/*/airbench94_muon-seed*.pt'))) == 6
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[0] for line in lines] == ['sgd', 'muon', 'adamw']
     assert all('n 2, mean 0.' in line and '95% interval' in line for line in lines)
     losses = [summarize.read_logs([tmp_path / f'optimizer_{name}.jsonl'])[1][0]['train_loss']
               for name in ('sgd', 'muon', 'adamw')]  # fmt: skip
     assert len({loss for (loss,) in losses}) == 3  # of the second step, after one of each
+
+
+@pytest.mark.parametrize('name', ['ablations', 'optimizers'])
+def test_an_example_of_no_runs(name, tmp_path, monkeypatch, capsys):
+    assert run_example(name, ['--runs', 0, '--folder', tmp_path], monkeypatch) == 2
+    assert '--runs must be at least 1, not 0' in capsys.readouterr().err
 
 
 def test_an_examples_bad_input_is_one_line(tmp_path, monkeypatch, capsys):

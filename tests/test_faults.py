@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, write_split
+from test_summarize import summarize
 
 import airbench
 import airbench94
@@ -156,7 +157,7 @@ def test_device_and_dtype_of_a_loaded_network(tmp_path):
     recipe = dict(script='airbench94', hyperparameters=h, dtype='float16', classes=['x'] * 10)
     airbench94.save_net(net, tmp_path / 'net.pt', recipe)
     images = torch.randn(4, 3, 32, 32)
-    for dtype, expected in ((None, torch.float32), (torch.float16, torch.float16)):
+    for dtype, expected in ((None, torch.float32), ('float16', torch.float16)):
         loaded = airbench.load_net(tmp_path / 'net.pt', device='cpu', dtype=dtype)
         assert loaded.linear.weight.dtype == expected
         assert loaded.blocks[0].norm1.bias.dtype == torch.float32
@@ -165,6 +166,19 @@ def test_device_and_dtype_of_a_loaded_network(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA'):
             airbench.load_net(tmp_path / 'net.pt', device='cuda')
+
+
+def test_a_diverged_run_has_no_network_to_be_missed(main):
+    assert main('--scaling_factor', 1e90, '--save', 'nets')[0] == 0
+    code, _, err = main('--scaling_factor', 1e90, '--save', 'nets')
+    assert code == 0 and err == '' and os.listdir('nets') == []
+
+
+def test_a_network_for_other_classes_is_refused(tiny):
+    net = airbench94.Net(airbench94.hyp | dict(widths=(8, 8, 8)), num_classes=9)
+    with pytest.raises(ValueError, match='net has 9 outputs, and train_loader 10 classes'):
+        train(CifarLoader(tiny, batch_size=50), net=net, epochs=1, **SMALL)
+    assert not hasattr(net, 'classes')
 
 
 def test_a_trained_network_has_its_classes(tiny):
@@ -198,6 +212,53 @@ def test_a_log_that_holds_a_seed_twice_is_refused(main):
     assert code == 2 and out == '' and 'log.jsonl holds a seed twice' in err
 
 
+def test_a_last_line_without_its_end_is_a_run(main):
+    """As some editors leave it. Only a line that was cut off is dropped."""
+    assert main('--runs', 2)[0] == 0
+    log = Path('log.jsonl')
+    log.write_text(log.read_text().rstrip('\n'))
+    assert [run['seed'] for run in summarize.read_logs([log])[1]] == [0, 1]
+    code, _, err = main('--runs', 3)
+    assert code == 0 and err == '' and logged_seeds() == [0, 1, 2]
+    log.write_text(log.read_text()[:-3])
+    assert [run['seed'] for run in summarize.read_logs([log])[1]] == [0, 1]
+    code, _, err = main('--runs', 3)
+    assert code == 0 and 'torn' in err and logged_seeds() == [0, 1, 2]
+
+
+def test_another_number_of_ranks_goes_on_with_a_series(main, monkeypatch):
+    """None repeats a run. A log that another rank has just begun is no hindrance."""
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)  # main silences all ranks but 0
+    for world_size, runs in ((2, 4), (3, 6), (1, 7)):
+        monkeypatch.setenv('WORLD_SIZE', str(world_size))
+        for rank in range(world_size):
+            monkeypatch.setenv('RANK', str(rank))
+            assert main('--runs', runs)[0] == 0
+        Path('log.rank9.jsonl').write_text('{"type": "hea')
+    Path('log.rank9.jsonl').unlink()
+    logs = sorted(Path().glob('log.rank*.jsonl'))
+    seeds = [[run['seed'] for run in summarize.read_logs([log])[1]] for log in logs]
+    assert seeds == [[0, 2, 6], [1, 3, 4], [5]]
+
+
+def test_more_ranks_than_gpus(main, monkeypatch):
+    """On a CPU they train; on CUDA each needs its own."""
+    used = []
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', used.append)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    assert main('--device', 'cpu')[0] == 0 and used == []
+    on_cuda = SimpleNamespace(h={}, device=torch.device('cuda'))
+    monkeypatch.setattr(airbench94, 'parse_arguments', lambda: on_cuda)
+    code, out, err = main()
+    assert code == 2 and out == '' and 'more processes than the 2 GPUs' in err
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(AttributeError, match='data'):  # it gets further than that
+        main()
+    assert used == [1]
+
+
 def test_the_compute_of_a_diverged_run_is_what_ran(main, monkeypatch):
     assert main('--epochs', 3, '--scaling_factor', 1e90)[0] == 0
     run = json.loads(Path('log.jsonl').read_text().splitlines()[-1])
@@ -229,6 +290,7 @@ def spoil(loader, name, change):
     ('labels', lambda labels: labels[:, None], 'a label for each of the'),
     ('labels', lambda labels: labels - 1, 'labels must be from 0 to 9'),
     ('labels', lambda labels: labels + 90, 'labels must be from 0 to 9'),
+    ('labels', lambda labels: labels.int(), 'labels must be int64, .* not torch.int32'),
     ('batch_size', lambda size: 0, 'no batch of 0'),
 ])  # fmt: skip
 def test_data_are_checked_before_training(tiny, monkeypatch, which, name, change, message):
@@ -248,6 +310,33 @@ def test_a_loader_is_checked_with_the_keywords_of_train(tiny):
     with pytest.raises(ValueError, match='no batch of 100 from 60 images'):
         train(loader, epochs=1, **SMALL)
     train(loader, epochs=1, batch_size=20, **SMALL)
+
+
+def test_the_default_test_set_is_checked_too(tiny):
+    """After the first classes were left out of the training images alone."""
+    loader = CifarLoader(tiny, batch_size=20)
+    mask = loader.labels >= 4
+    loader.images, loader.labels = loader.images[mask], loader.labels[mask] - 4
+    loader.classes = loader.classes[4:]
+    train(loader, epochs=1, **SMALL)
+    with pytest.raises(ValueError, match='test_loader.labels must be from 0 to 5'):
+        train(loader, epochs=1, callback=lambda net, row: None, **SMALL)
+
+
+def test_the_loaders_augmentation_is_its_own(tiny):
+    aug = dict(flip=True)
+    loader = CifarLoader(tiny, batch_size=50, aug=aug)
+    loader.aug['translate'] = 2
+    assert aug == dict(flip=True)
+    for wrong in ('flip', ['flip']):
+        with pytest.raises(ValueError, match='aug must be a dict'):
+            CifarLoader(tiny, batch_size=50, aug=wrong)
+
+
+@pytest.mark.parametrize('dtype', ['fp16', 'float64', torch.float64, 16])
+def test_another_dtype_is_refused(tiny, dtype):
+    with pytest.raises(ValueError, match='dtype must be float32, float16 or bfloat16, not'):
+        train(CifarLoader(tiny, batch_size=50), **(SMALL | dict(dtype=dtype)))
 
 
 def test_a_test_set_of_more_classes_is_refused(main, tmp_path, tiny):
@@ -293,6 +382,38 @@ def test_flags_and_keywords_of_another_kind_are_as_good(main, tiny):
     loader = CifarLoader(tiny, batch_size=10)
     net = train(loader, widths=[numpy.int64(8)] * 3, verbose=False, **options)
     assert net.linear.weight.dtype == torch.float32
+
+
+# Callbacks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('module', [airbench94, airbench94_compiled, airbench94_muon],
+                         ids=lambda module: module.__name__)  # fmt: skip
+def test_a_callback_that_calls_the_network_does_not_change_it(module, tiny):
+    """It is in evaluation mode: its BatchNorms' averages stay as they are."""
+    images = torch.randn(50, 3, 32, 32)
+    nets = []
+    for callback in (lambda net, row: None, lambda net, row: net(images) is None):
+        loader = module.CifarLoader(tiny, batch_size=50)
+        options = SMALL if module is airbench94 else SMALL | dict(compile=False)
+        nets.append(module.train(loader, epochs=2, seed=1, callback=callback, **options))
+    for one, other in zip(*(net.state_dict().values() for net in nets), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('value, epochs', [(None, 2), (False, 2), (True, 1)])
+def test_what_a_callback_returns(tiny, value, epochs):
+    rows = []
+    train(CifarLoader(tiny, batch_size=50), epochs=2,
+          callback=lambda net, row: rows.append(row) or value, **SMALL)  # fmt: skip
+    assert [row['epoch'] for row in rows] == [*range(1, epochs + 1), 'eval']
+
+
+def test_a_callback_that_returns_something_else(tiny, tmp_path):
+    with open(tmp_path / 'log', 'w') as file, pytest.raises(TypeError, match='None, or True .* 17'):
+        train(CifarLoader(tiny, batch_size=50), epochs=2,
+              callback=lambda net, row: file.write(f'after epoch {row["epoch"]:5}'),
+              **SMALL)  # fmt: skip
 
 
 # A forker's mistakes, threads ---------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_compiling_for_cuda_without_triton(monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     assert airbench94_compiled.what_compiling_lacks(torch.device('meta')) is None
     message = airbench94_compiled.what_compiling_lacks(torch.device('cuda'))
-    assert 'Triton' in message and 'airbench94.py' in message
+    assert 'Triton' in message
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

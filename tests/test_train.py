@@ -282,6 +282,10 @@ def test_warmup_on_a_device_trains_on_a_few_batches(tiny, monkeypatch):
         monkeypatch,
         loader,
         test_loader,
+        net=airbench94.Net(),
+        seed=3,
+        verbose=True,
+        callback=print,
         batch_size=100,
         dtype=torch.float16,
         lr=1e30,
@@ -292,6 +296,7 @@ def test_warmup_on_a_device_trains_on_a_few_batches(tiny, monkeypatch):
         options['lr'] < 0.01 and options['bn_momentum'] == 0.3 and options['dtype'] == torch.float16
     )
     assert options['test_loader'] is test_loader
+    assert options.get('net') is options.get('seed') is None
     assert len(loader.images) == len(loader.labels) == 1100 and len(test_loader.images) == 10_500
 
 
