@@ -68,7 +68,7 @@ def make_step(module, variant, h, device, dtype):
         torch.compile = compile_in_mode
     captured = module.CapturedStep(
         module.compiled_net(
-            tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], 10, device, dtype
+            module.Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], 10, device, dtype
         ),
         h,
     )

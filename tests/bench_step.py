@@ -110,9 +110,8 @@ def pieces(module, device, dtype, size):
 
     def new_net(dtype):
         if hasattr(module, 'compiled_net'):
-            net = module.compiled_net(
-                hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor'], 10, device, dtype
-            )
+            recipe = hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor']
+            net = module.compiled_net(module.Net, *recipe, 10, device, dtype)
         else:
             net = module.Net(device=device, dtype=dtype)
         optimizer = module.make_optimizer(net, hyp)

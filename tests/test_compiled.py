@@ -92,11 +92,11 @@ def test_nothing_either_where_the_training_is_compiled_too(tiny, monkeypatch):
         patch.setattr(platform, 'libc_ver', lambda: ('', ''))
         start = counters['stats']['unique_graphs']
         warmup(loader(tiny), held_out(tiny), **small)
-    before = counters['stats']['unique_graphs']
-    assert (
-        before >= start + 2
-    )  # training and evaluation; PyTorch 2.14 has one more, for the frozen bias
-    train(loader(tiny), epochs=2, whiten_bias_epochs=1, verbose=False, callback=keep([]), **small)
+        before = counters['stats']['unique_graphs']
+        # Training and evaluation; PyTorch 2.14 has one more, for the frozen bias.
+        assert before >= start + 2
+        options = dict(epochs=2, whiten_bias_epochs=1, verbose=False, callback=keep([]))
+        train(loader(tiny), **options, **small)
     assert counters['stats']['unique_graphs'] == before
 
 
@@ -125,7 +125,8 @@ def test_same_losses_as_uncompiled(tiny):
 
 def test_the_compiled_network_computes_what_the_returned_one_does(tiny):
     net = train(loader(tiny), epochs=1, seed=1, verbose=False, callback=keep([]), **SMALL)
-    twin = compiled_net(SMALL['widths'], 0.4, 1 / 9, 10, torch.device('cpu'), torch.float32).eval()
+    h = SMALL['widths'], 0.4, 1 / 9
+    twin = compiled_net(airbench94_compiled.Net, *h, 10, torch.device('cpu'), torch.float32).eval()
     images = torch.randn(96, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(twin(images), net(images))
