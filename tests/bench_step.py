@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -125,9 +124,9 @@ def pieces(module, device, dtype, size):
     loader = module.CifarLoader(
         'synthetic', True, hyp['batch_size'], hyp['aug'], altflip=hyp['altflip'], device=device
     )
-    test = SimpleNamespace(
-        images=loader.images[:2000], labels=loader.labels[:2000], normalize=loader.normalize
-    )
+    test = copy.copy(loader)
+    test.images = loader.images[:2000]
+    test.labels = loader.labels[:2000]
     module.warmup(loader, test, dtype=dtype)
     loader.images = loader.images.to(module.Net(device=device, dtype=dtype).whiten.weight.dtype)
     test.images = loader.images[:2000]
