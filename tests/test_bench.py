@@ -3,13 +3,17 @@ tests/bench_step.py on a copy of airbench94.py made small: that what it prints i
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 
 import bench_step
 import pytest
+import torch
 from conftest import ROOT
+
+import airbench94_compiled
 
 
 def bench(*arguments):
@@ -77,3 +81,12 @@ def test_its_faults(small, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             bench_step.main()
         assert stop.value.code == 2 and word in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_pieces_of_a_script_that_compiles(monkeypatch):
+    if not shutil.which('g++'):
+        pytest.skip('needs a C++ compiler')
+    monkeypatch.setitem(airbench94_compiled.hyp, 'widths', (4, 4, 4))
+    monkeypatch.setattr(airbench94_compiled, 'set_up_process', lambda device: None)
+    pieces = bench_step.pieces(airbench94_compiled, torch.device('cpu'), torch.float32, 32)
+    assert {'step', 'convolutions', 'evaluation'} <= set(pieces)
