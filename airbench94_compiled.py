@@ -562,7 +562,8 @@ class CapturedStep:
         self.is_recorded = net.linear.weight.is_cuda
         self.device = net.linear.weight.device
         for group in self.groups:
-            group['lr'] = torch.full((), group['lr'], device=self.device)
+            # Of a whole number, lr would be an int64, and could not be 0.5.
+            group['lr'] = torch.full((), group['lr'], dtype=torch.float32, device=self.device)
             if 'capturable' in group:  # as Adam and its like call it
                 group['capturable'] = self.is_recorded
             elif 'fused' in group and self.is_recorded:
@@ -588,14 +589,15 @@ class CapturedStep:
         generator = torch.Generator().manual_seed(0)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
-            inputs = torch.randn(batch_size, 3, size, size, generator=generator)
-            inputs = inputs.to(self.device, self.net.linear.weight.dtype)
             # First with the bias trained: PyTorch before 2.12 takes what it compiles first for
             # both, and compiled with the bias frozen it would have no gradient.
             for is_trained in (True, False):
+                shape = (batch_size, 3, size, size)
+                if (shape, is_trained) in self.recordings:
+                    continue
+                inputs = torch.randn(shape, generator=generator)
                 self.net.whiten.bias.requires_grad_(is_trained)
-                if (inputs.shape, is_trained) not in self.recordings:
-                    self(inputs, labels, factor=0.0)
+                self(inputs.to(self.device, self.net.linear.weight.dtype), labels, factor=0.0)
 
     def __call__(self, inputs, labels, factor):
         """
@@ -733,7 +735,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch.
         The row's train_loss and train_acc are those of the epoch's last batch.
-        When compiled, net is the one of the process: keep copies of its state_dict(), not of it.
+        When compiled, net is shared by all runs of the process: keep copies of its state_dict(),
+        not of net.
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
         them, those of train_loader are taken.
 
@@ -1381,9 +1384,9 @@ def main():
             args.save.mkdir(parents=True, exist_ok=True)
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
                           classes=train_loader.classes)
+            has_net = {run['seed'] for run in runs + others if not run['diverged']}
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
-                has_net = {run['seed'] for run in runs + others if not run['diverged']}
                 check_saved(file, dict(recipe, seed=seed), is_logged=seed in has_net)
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]

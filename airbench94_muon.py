@@ -70,7 +70,7 @@ hyp = dict(
     bias_scaler=144.0,       # the lr of the biases is this much higher
     muon_lr=0.24,            # of the blocks' filters, which have no weight decay
     muon_momentum=0.6,
-    lr_start=1.0,            # of the first step, times lr; without effect where lr_peak is 0
+    lr_start=1.0,            # the first step has lr times this, unless lr_peak is 0
     lr_peak=0.0,             # after this share of the steps lr is reached: at once
     lr_end=0.05,             # then every lr falls to this share of its peak,
     lr_tail=0.04,            # and stays there for the last steps, this share of all
@@ -356,8 +356,8 @@ class Block(nn.Module):
     """
     Two convolutions, each with a norm and a GELU.
 
-    The first has at most twice the channels that come in: it works on larger maps than the second,
-    where a pool follows it, and costs the most.
+    The first has at most twice the channels that come in. Where a pool follows it, it works on
+    larger maps than the second, and costs more.
 
     pool1: whether a pool follows the first convolution, before its norm.
     pool2: whether a pool follows the second convolution, before its norm.
@@ -548,8 +548,9 @@ def make_optimizer(net, h):
     decay is divided by the group's lr: whatever the lr is, weights decay alike. They still follow
     its schedule.
 
-    Any other optimizers of PyTorch can be returned, in a list; their lr follows the schedule. In
-    float16 Adam gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
+    Any other optimizers of PyTorch can be returned, in a list; their lr follows the schedule. When
+    compiled on CUDA there are conditions, see CapturedStep. In float16 Adam gives NaN, as its eps
+    of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
     """
     scale = 1024 * (1 + 1 / (1 - h['momentum']))
     lr = h['lr'] / scale
@@ -753,7 +754,8 @@ class CapturedStep:
         self.is_recorded = net.linear.weight.is_cuda
         self.device = net.linear.weight.device
         for group in self.groups:
-            group['lr'] = torch.full((), group['lr'], device=self.device)
+            # Of a whole number, lr would be an int64, and could not be 0.5.
+            group['lr'] = torch.full((), group['lr'], dtype=torch.float32, device=self.device)
             if 'capturable' in group:  # as Adam and its like call it
                 group['capturable'] = self.is_recorded
             elif 'fused' in group and self.is_recorded:
@@ -779,14 +781,15 @@ class CapturedStep:
         generator = torch.Generator().manual_seed(0)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
-            inputs = torch.randn(batch_size, 3, size, size, generator=generator)
-            inputs = inputs.to(self.device, self.net.linear.weight.dtype)
             # First with the bias trained: PyTorch before 2.12 takes what it compiles first for
             # both, and compiled with the bias frozen it would have no gradient.
             for is_trained in (True, False):
+                shape = (batch_size, 3, size, size)
+                if (shape, is_trained) in self.recordings:
+                    continue
+                inputs = torch.randn(shape, generator=generator)
                 self.net.whiten.bias.requires_grad_(is_trained)
-                if (inputs.shape, is_trained) not in self.recordings:
-                    self(inputs, labels, factor=0.0)
+                self(inputs.to(self.device, self.net.linear.weight.dtype), labels, factor=0.0)
 
     def __call__(self, inputs, labels, factor):
         """
@@ -924,7 +927,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch.
         The row's train_loss and train_acc are those of the epoch's last batch.
-        When compiled, net is the one of the process: keep copies of its state_dict(), not of it.
+        When compiled, net is shared by all runs of the process: keep copies of its state_dict(),
+        not of net.
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
         them, those of train_loader are taken.
 
@@ -1592,9 +1596,9 @@ def main():
             args.save.mkdir(parents=True, exist_ok=True)
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
                           classes=train_loader.classes)
+            has_net = {run['seed'] for run in runs + others if not run['diverged']}
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
-                has_net = {run['seed'] for run in runs + others if not run['diverged']}
                 check_saved(file, dict(recipe, seed=seed), is_logged=seed in has_net)
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]

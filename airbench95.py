@@ -1111,9 +1111,9 @@ def main():
             args.save.mkdir(parents=True, exist_ok=True)
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
                           classes=train_loader.classes)
+            has_net = {run['seed'] for run in runs + others if not run['diverged']}
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
-                has_net = {run['seed'] for run in runs + others if not run['diverged']}
                 check_saved(file, dict(recipe, seed=seed), is_logged=seed in has_net)
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]

@@ -173,6 +173,23 @@ def test_replays_are_steps(module, tiny, uncompiled, monkeypatch):
     assert len(captured.recordings) == (4 if module is airbench94_muon else 2)
 
 
+@MODULES
+def test_an_lr_that_is_a_whole_number(module, monkeypatch):
+    real = module.make_optimizer
+
+    def make_optimizer(net, h):
+        made = real(net, h)
+        first = made[0] if isinstance(made, list) else made
+        first.param_groups[0]['lr'] = 1
+        return made
+
+    monkeypatch.setattr(module, 'make_optimizer', make_optimizer)
+    h = module.hyp | dict(widths=(8, 8, 8))
+    captured = module.CapturedStep(module.Net(h), h)
+    captured(torch.randn(4, 3, 32, 32), torch.arange(4), factor=0.5)
+    assert captured.groups[0]['lr'].item() == 0.5
+
+
 def test_any_optimizer_is_captured(tiny, uncompiled, monkeypatch):
     def make_optimizer(net, h):
         return torch.optim.AdamW(net.parameters(), lr=0.01)

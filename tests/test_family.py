@@ -47,7 +47,7 @@ OWN = {
     },
 }
 # Of the diff.
-MOST_LINES = dict(airbench94_muon=695, airbench95=20, airbench96=60, airbench94_compiled=310)
+MOST_LINES = dict(airbench94_muon=700, airbench95=20, airbench96=60, airbench94_compiled=315)
 SCRIPTS = ('airbench94', *OWN)
 
 
