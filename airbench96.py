@@ -7,7 +7,7 @@ The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GP
 2404.00498), called "the paper" below. Relative to airbench94.py: 40 epochs, wider blocks with a
 third convolution and a residual, translation by four pixels, cutout.
 
-It needs PyTorch 2.6 or newer, and torchvision to download the data. The README has a trial of
+It needs PyTorch 2.6 or newer, and torchvision to read CIFAR-10. The README has a trial of
 airbench94.py that downloads nothing. --help lists the options.
 """
 
@@ -38,7 +38,9 @@ try:
     from torch import nn
     from torch.optim.lr_scheduler import LambdaLR
 except KeyboardInterrupt:
-    sys.exit(130)
+    if __name__ == '__main__':
+        sys.exit(130)
+    raise
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -48,20 +50,20 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 hyp = dict(
     epochs=40.0,
     batch_size=1024,
-    # lr and weight_decay are per 1,024 images, and can be tuned one by one: see make_optimizer.
+    # lr and weight_decay are per 1,024 images, and can be tuned independently: see make_optimizer.
     lr=9.0,
     momentum=0.85,
     weight_decay=0.0153,
-    bias_scaler=64.0,        # the lr of the BatchNorm biases is this much higher
+    bias_scaler=64.0,        # the lr of the BatchNorm biases is lr times this
     lr_start=0.2,            # the first step has lr times this
-    lr_peak=0.23,            # after this share of the steps lr is reached
+    lr_peak=0.23,            # the share of the steps after which lr is reached
     lr_end=0.07,             # the last step has about lr times this
     label_smoothing=0.2,
     whiten_bias_epochs=3,    # then the whitening layer's bias is frozen
     lookahead=True,          # see lookahead_update
-    lookahead_every=5,       # steps between its updates, whose decay is
-    lookahead_decay=0.95,    # this, to the power of the steps between them,
-    lookahead_power=3,       # times the share of the steps done, to this power
+    lookahead_every=5,       # steps between its updates. When a share s of all steps is done, the
+    lookahead_decay=0.95,    # decay is lookahead_decay**lookahead_every * s**lookahead_power
+    lookahead_power=3,
     aug=dict(flip=True, translate=4, cutout=12),  # translate is in pixels
     altflip=True,            # mirror in every other epoch, not at random
     widths=(128, 512, 512),  # channels of the three blocks
@@ -113,7 +115,7 @@ def load_split(path, train):
 
 
 def synthetic_split(train):
-    """5,000 training or 1,000 test images. Their brightness under noise tells ten classes apart."""
+    """5,000 training or 1,000 test images of noise, as bright as their class is high."""
     generator = torch.Generator().manual_seed(int(train))
     labels = torch.randint(10, (5000 if train else 1000,), generator=generator)
     noise = torch.randint(64, (len(labels), 32, 32, 3), generator=generator)
@@ -142,7 +144,7 @@ def load_file(file):
             and images.shape == (len(labels), 32, 32, 3)
             and 0 <= labels.min() <= labels.max() < len(classes)
         )
-    except Exception as error:  # whatever the reader of the file makes of other content
+    except Exception as error:  # torch.load raises all kinds of errors for other files
         found = f'{error!r:.99}'
         is_valid = False
     if not is_valid:
@@ -217,6 +219,7 @@ class CifarLoader:
         self.check()
 
     def check(self):
+        """Raises ValueError where the attributes do not fit together."""
         if not isinstance(self.aug, dict):
             raise ValueError(f'aug must be a dict, as dict(flip=True), not {self.aug!r}')
         known = ('flip', 'translate', 'cutout')
@@ -234,9 +237,10 @@ class CifarLoader:
                              f'{tuple(self.labels.shape)}')
         if self.batch_size < 1 or len(self) < 1:
             raise ValueError(f'no batch of {self.batch_size} from {n} images: batch_size must be '
-                             f'from 1 to {n}, or with drop_last=False more')
+                             f'from 1 to {n}, or more with drop_last=False')
 
     def normalize(self, images):
+        """Images from 0 to 1, (N, 3, H, W), less the mean and over the std, as a new tensor."""
         mean = torch.as_tensor(self.mean, dtype=images.dtype, device=images.device)
         std = torch.as_tensor(self.std, dtype=images.dtype, device=images.device)
         return images.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
@@ -327,7 +331,7 @@ class Net(nn.Module):
     dtype: float32; float16 for all but the BatchNorms, which stay float32; or bfloat16, which is
         autocast over float32 weights.
 
-    init_whitening has yet to initialise the first layer.
+    Its first layer is random until init_whitening is called.
     """
 
     def __init__(self, h=hyp, num_classes=10, device='cpu', dtype=torch.float32):
@@ -352,7 +356,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = x.to(self.whiten.weight.dtype)
-        # Not by autocast's argument enabled: it knows no meta device, on which compute is counted.
+        # Not autocast(enabled=False): it refuses the meta device, on which compute is counted.
         autocast = torch.autocast(x.device.type, torch.bfloat16) if self.autocast else nullcontext()
         with autocast:
             x = F.gelu(self.whiten(x))
@@ -378,7 +382,8 @@ def init_whitening(net, images, eps=5e-4):
     patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, 31, 31, 2, 2)
     patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
     second_moment = patches.T @ patches / len(patches)
-    eigenvalues, eigenvectors = torch.linalg.eigh(second_moment.cpu())  # CUDA's solver loads slowly
+    # On the CPU, as CUDA's solver takes long to load.
+    eigenvalues, eigenvectors = torch.linalg.eigh(second_moment.cpu())
     filters = (eigenvectors / torch.sqrt(eigenvalues + eps)).T.reshape(12, 3, 2, 2)
     net.whiten.weight.copy_(torch.cat((filters, -filters)))
 
@@ -393,12 +398,12 @@ def make_optimizer(net, h):
 
     It is also divided by 1 + 1 / (1 - momentum). Where the gradient g stays the same, a step of
     PyTorch's Nesterov SGD comes to lr * g / (1 - momentum). With the division it is nearly the
-    same for any momentum, so that lr and momentum can be tuned one by one. The 1 in it is the
+    same for any momentum, so that lr and momentum can be tuned independently. The 1 in it is the
     paper's, with which its hyperparameters were tuned.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
-    decay is divided by the group's lr: whatever the lr is, weights decay alike. They still follow
-    its schedule.
+    decay is divided by the group's lr: a step then decays the weights as much at any lr. It still
+    follows the lr's schedule.
 
     Any other optimizer of PyTorch can be returned; its lr follows the schedule. In float16 Adam
     gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
@@ -513,8 +518,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         images are normalised by train_loader's mean and std.
     net: a Net to train on, in place, its first layer as it is (default: a new one). It has its own
         dtype, widths, bn_momentum and scaling_factor, whatever is given here.
-    seed: for PyTorch's global generators (default: they go on from where they are). Two trainings
-        in threads of one process share them, and so cannot be repeated.
+    seed: for PyTorch's global generators (default: they go on from where they are). Trainings in
+        two threads share them, and cannot be reproduced.
     device: to train on (default: the loader's).
     dtype: see Net; its name will do (default: the fastest on the device, see default_dtype).
     verbose: print a table.
@@ -585,7 +590,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if verbose:
             print_row(row)
         stop = None if callback is None else callback(net, row)
-        if stop not in (None, False, True):  # as of file.write, which counts characters
+        if stop not in (None, False, True):  # by accident, as the count that file.write returns
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
         return stop
@@ -668,8 +673,9 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     loader.labels = loader.labels[:n]
     # An epoch with the bias trained, an epoch with it frozen, and an lr that is safe.
     overrides |= dict(epochs=2, whiten_bias_epochs=1, lr=1e-3)
-    train(loader, test_loader, device=device, dtype=dtype, verbose=False,
-          callback=lambda net, row: None, **overrides)
+    with suppress(FloatingPointError):  # the training itself is to say so
+        train(loader, test_loader, device=device, dtype=dtype, verbose=False,
+              callback=lambda net, row: None, **overrides)
 
 
 # -------------------------------------------- Harness ---------------------------------------------
@@ -680,11 +686,13 @@ def merge(overrides):
 
     Raises TypeError for a name that hyp lacks, and ValueError for a value that makes no sense.
     """
-    names_here = dict(learning_rate='lr', train_epochs='epochs', batchnorm_momentum='bn_momentum',
-                      run='seed', gpu='device', make_net='net')  # by those of the original
+    names_here = dict(learning_rate='lr', train_epochs='epochs', run='seed', gpu='device',
+                      make_net='net')  # by those of the original
     for key in overrides:
         if key in names_here:
             raise TypeError(f'there is no {key}: here it is called {names_here[key]}')
+        if key == 'batchnorm_momentum':
+            raise TypeError(f'there is no {key}: bn_momentum is 1 minus it, as in PyTorch')
         if key not in hyp:
             raise TypeError(f'no hyperparameter {key}: there are {", ".join(hyp)}')
     h = hyp | overrides
@@ -773,8 +781,8 @@ def default_dtype(device):
     if device.type == 'cuda':
         return torch.float16
     capabilities = cpu_capabilities()
-    # With AVX512-BF16 alone, AMD's CPUs are 1.7 times faster in bfloat16 than in float32, Intel's
-    # are 1.6 times slower.
+    # With AVX512-BF16 alone, AMD's CPUs are faster in bfloat16 than in float32 (results/README.md),
+    # and Intel's slower.
     is_amd = capabilities.get('cpu_name', '').startswith('AMD')
     if capabilities.get('amx_bf16') or (is_amd and capabilities.get('avx512_bf16')):
         return torch.bfloat16
@@ -786,13 +794,14 @@ def set_up_process(device):
     torch.backends.cudnn.benchmark = True
     if device.type == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # Freed memory is kept, since the operating system clears each page that it hands out
-        # again. This makes a training a tenth faster.
+        # again, which takes time.
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from malloc.h
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def synchronized_time(device):
+    """Seconds of a clock, read when the device has done all that it was given."""
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
     return time.perf_counter()
@@ -864,13 +873,14 @@ def is_record(line):
 
 def read_log(path):
     """
-    The latest header and the runs of a log, or {} and [] if there is no such file yet.
+    The headers and the runs of a log, or [] and [] if there is no such file yet.
 
-    A log is JSON lines: a header, then a line for each run. A last line that was cut off, as the
-    process was killed or the disk was full, is left out. Raises ValueError for another file.
+    A log is JSON lines: a header, then a line for each run. Another header stands before the runs
+    of another version. A last line that was cut off, as the process was killed or the disk was
+    full, is left out. Raises ValueError for another file.
     """
     if not path.is_file() or path.stat().st_size == 0:
-        return {}, []
+        return [], []
     *lines, last = path.read_bytes().split(b'\n')
     if is_record(last):  # else it is empty, or was cut off
         lines.append(last)
@@ -878,15 +888,16 @@ def read_log(path):
         records = [json.loads(line) for line in lines]
         headers = [record for record in records if record['type'] == 'header']
         runs = [record for record in records if record['type'] == 'run']
-        header = headers[-1]
+        is_log = len(headers) > 0
         seeds = [run['seed'] for run in runs]
-    except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f'{path} is not a log of this script: name another file with '
-                         '--log') from error
+    except (ValueError, TypeError, LookupError):
+        is_log = False
+    if not is_log:
+        raise ValueError(f'{path} is not a log of this script: name another file with --log')
     if len(set(seeds)) < len(seeds):
         raise ValueError(f'{path} holds a seed twice, so that its means are wrong: delete one of '
                          'the lines, or name another file with --log')
-    return header, runs
+    return headers, runs
 
 
 def check_experiment(path, header, old):
@@ -920,8 +931,8 @@ def open_log(path, header):
     Opens a log to add runs to it. Returns the file and the runs that it holds.
 
     Drops a last line that was cut off. Adds the header if the latest in the log says something
-    else. Raises ValueError if the log is that of another experiment, if another process writes to
-    it, or if it cannot be written.
+    else, and says if there are runs of another version. Raises ValueError if the log is that of
+    another experiment, if another process writes to it, or if it cannot be written.
     """
     header = json.loads(json.dumps(header))  # tuples become lists, as they are in the file
     try:
@@ -933,9 +944,9 @@ def open_log(path, header):
             except (BlockingIOError, PermissionError) as error:
                 raise ValueError(f'another process writes to the log {path}: wait until it ends, '
                                  'or name another with --log') from error
-        old, runs = read_log(path)
-        if old:
-            check_experiment(path, header, old)
+        headers, runs = read_log(path)
+        if headers:
+            check_experiment(path, header, headers[-1])
             text = path.read_bytes()
             size = text.rfind(b'\n') + 1
             if is_record(text[size:]):
@@ -943,12 +954,13 @@ def open_log(path, header):
             elif size < len(text):
                 print(f'note: {path} ended in a torn line, which was dropped', file=sys.stderr)
                 log.truncate(size)
-        changed = [key for key in ('source', 'torch', 'device', 'threads')
-                   if old.get(key) != header[key]]
-        if changed:
+        version = ('source', 'torch', 'device', 'threads')
+        if not headers or any(headers[-1].get(key) != header[key] for key in version):
             print(json.dumps(header), file=log)
-        if old and changed:
-            print(f'note: {path} was begun with another {" and ".join(changed)}', file=sys.stderr)
+        changed = [key for key in version if any(old.get(key) != header[key] for old in headers)]
+        if changed:
+            print(f'note: {path} was begun with another {" and ".join(changed)}. Its runs count, '
+                  'and are not run again: to compare, name another with --log', file=sys.stderr)
     except OSError as error:
         raise ValueError(f'cannot write the log {path} ({error.strerror}): name another with '
                          '--log') from error
@@ -989,26 +1001,15 @@ def save_net(net, file, recipe):
     part.replace(file)
 
 
-def check_saved(file, recipe, is_logged):
-    """
-    Looks at the file to which the network of a run is to be saved, before anything is trained.
-
-    Raises ValueError if there is another network, which is not to be overwritten. Says if the run
-    is logged, and will not be run again, but its network is not there.
-    """
-    if file.exists():
-        try:
-            saved = torch.load(file, map_location='cpu', weights_only=True)
-            del saved['state_dict']
-        except Exception:  # whatever the reader of the file makes of other content
-            saved = None
-        if saved != recipe:
-            raise ValueError(f'{file} is a network of another recipe: name another folder with '
-                             '--save')
-    elif is_logged:
-        seed = recipe['seed']
-        print(f'note: the log has seed {seed}, but {file} is missing: for the network, train '
-              f'again with --seed {seed} --runs 1 and another --log', file=sys.stderr)
+def check_saved(file, recipe):
+    """Raises ValueError if the file is another network, which is not to be overwritten."""
+    try:
+        saved = torch.load(file, map_location='cpu', weights_only=True)
+        del saved['state_dict']
+    except Exception:  # torch.load raises all kinds of errors for other files
+        saved = None
+    if saved != recipe:
+        raise ValueError(f'{file} is a network of another recipe: name another folder with --save')
 
 
 class Parser(argparse.ArgumentParser):
@@ -1092,14 +1093,17 @@ def main():
 
         now = time.strftime('%Y%m%d-%H%M%S')
         path = args.log or Path('logs', f'{script}-{now}-{os.getpid()}.jsonl')
-        others = []
+        headers, others = [], []
         if 'RANK' in os.environ:
             # The runs of all ranks, as another number of them may have begun the series.
             for other in path.parent.glob(f'{glob.escape(path.stem)}.rank*{path.suffix}'):
                 with suppress(ValueError):  # its own rank has yet to begin it, or will refuse it
-                    others += read_log(other)[1]
+                    their_headers, their_runs = read_log(other)
+                    headers += their_headers
+                    others += their_runs
             path = path.with_suffix(f'.rank{rank}{path.suffix}')
-        old, _ = read_log(path)
+        headers += read_log(path)[0]
+        old = headers[-1] if headers else {}
         fastest = str(default_dtype(args.device)).removeprefix('torch.')
         dtype = args.dtype or old.get('dtype', fastest)
         refused = {'cpu': ['float16'], 'mps': ['float16', 'bfloat16']}
@@ -1131,9 +1135,17 @@ def main():
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
                           classes=train_loader.classes)
             has_net = {run['seed'] for run in runs + others if not run['diverged']}
+            missing = []
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
-                check_saved(file, dict(recipe, seed=seed), is_logged=seed in has_net)
+                if file.exists():
+                    check_saved(file, dict(recipe, seed=seed))
+                elif seed in has_net:
+                    missing.append(seed)
+            if missing:
+                print(f'note: {args.save} lacks the networks of {len(missing)} logged runs, of '
+                      f'seed {missing[0]} for example. To train them again, name another --log',
+                      file=sys.stderr)
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]
         print(f'{script}: error: {first_line}', file=sys.stderr)
@@ -1143,6 +1155,8 @@ def main():
         sys.stdout = open(os.devnull, 'w')
     print(f'{script}: {train_loader.path} data, {dtype} on {header["device"]}, log {path}',
           flush=True)
+    # A network whose compute cannot be counted is to fail now, and not after its training.
+    count_pflops(h, 1, 1, len(train_loader.classes))
     warmup(train_loader, test_loader, dtype=dtype, **h)
     ready_seconds = time.perf_counter() - START_TIME
     try:

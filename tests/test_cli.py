@@ -861,6 +861,21 @@ def test_other_seeds_are_added_to_a_log(main, tiny):
     assert 'seed 5' in out and 'seed 4' not in out and 'n 3' in out
 
 
+def test_each_rerun_says_that_the_log_has_runs_of_another_source(main, tiny, monkeypatch):
+    """Not only the first one. Only one header is added."""
+    start = ('--data', tiny, '--epochs', 1, '--log', 'log.jsonl')
+    code, _, err = main(*start)
+    assert (code, err) == (0, '')
+    read_text = Path.read_text
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'read_text', lambda *args, **kw: read_text(*args, **kw) + '#')
+        for _ in range(2):
+            code, out, err = main(*start)
+            assert code == 0 and 'seed 0' not in out and len(err.splitlines()) == 1
+            assert 'log.jsonl was begun with another source. Its runs count' in err
+    assert [len(records) for records in read('log.jsonl')] == [2, 1]
+
+
 def test_another_torch_or_source_is_another_header(main, tiny, monkeypatch):
     start = ('--data', tiny, '--epochs', 1, '--log', 'log.jsonl')
     assert main(*start)[0] == 0

@@ -216,6 +216,11 @@ def test_the_originals_names_are_answered(name, here, tiny):
         airbench.train94(loader_of(airbench94, tiny), **{name: 1})
 
 
+def test_the_originals_momentum_of_batchnorm_is_not_that_of_here(tiny):
+    with pytest.raises(TypeError, match='no batchnorm_momentum: bn_momentum is 1 minus it'):
+        airbench.train94(loader_of(airbench94, tiny), batchnorm_momentum=0.6)
+
+
 def test_many_networks(tiny):
     """The same loader for all; their mean predicts."""
     loader, test_loader = loader_of(airbench94, tiny), CifarLoader(tiny, train=False)

@@ -90,10 +90,8 @@ def test_a_network_whose_run_was_not_logged_is_made_again(main):
 def test_a_logged_run_without_its_network_is_said(main):
     assert main('--runs', 2)[0] == 0
     code, _, err = main('--runs', 3, '--save', 'nets')
-    notes = err.splitlines()
-    assert code == 0 and len(notes) == 2 and all('another --log' in note for note in notes)
-    for seed, note in enumerate(notes):
-        assert f'--seed {seed} --runs 1' in note and f'airbench94-seed{seed}.pt is missing' in note
+    assert code == 0 and len(err.splitlines()) == 1 and 'another --log' in err
+    assert 'nets lacks the networks of 2 logged runs, of seed 0 for example' in err
     assert os.listdir('nets') == ['airbench94-seed2.pt'] and logged_seeds() == [0, 1, 2]
 
 
@@ -239,6 +237,28 @@ def test_another_number_of_ranks_goes_on_with_a_series(main, monkeypatch):
     logs = sorted(Path().glob('log.rank*.jsonl'))
     seeds = [[run['seed'] for run in summarize.read_logs([log])[1]] for log in logs]
     assert seeds == [[0, 2, 6], [1, 3, 4], [5]]
+
+
+def test_a_rank_without_a_log_has_the_seeds_of_its_series(main, monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)  # main silences all ranks but 0
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    assert main('--seed', 5)[0] == 0
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert main('--runs', 2)[0] == 0
+    (run,) = summarize.read_logs([Path('log.rank1.jsonl')])[1]
+    assert run['seed'] == 6
+
+
+def test_a_network_that_cannot_be_counted_is_not_trained(main, monkeypatch):
+    """The compute is counted on the meta device, where there are no values."""
+    forward = airbench94.Block.forward
+    check = lambda self, x: forward(self, x / max(1e-9, x.abs().max().item()))  # noqa: E731
+    monkeypatch.setattr(airbench94.Block, 'forward', check)
+    monkeypatch.setattr(airbench94, 'run_once', lambda *args: pytest.fail('it was trained'))
+    with pytest.raises(RuntimeError, match='meta'):
+        main()
 
 
 def test_more_ranks_than_gpus(main, monkeypatch):

@@ -1,9 +1,11 @@
 """The README's figures, recomputed from the logs in results/."""
 
+import ast
 import importlib
 import json
 import math
 import re
+import shlex
 import statistics
 from pathlib import Path
 
@@ -288,9 +290,35 @@ def test_the_time_without_needless_products_is_as_logged():
     assert said.format(*ratios) in text
 
 
+def test_the_trials_for_95_follow_from_their_logs():
+    page = (RESULTS / 'search_95_muon' / 'README.md').read_text()
+    rows = re.findall(r'^\| `(--.*?)` \|(.*)\|$', page, re.MULTILINE)
+    logs = sorted((RESULTS / 'search_95_muon').glob('*.jsonl'))
+    assert logs == sorted(RESULTS / 'search_95_muon' / f'{row.split("[")[1].split("]")[0]}.jsonl'
+                          for _, row in rows)  # fmt: skip
+    for options, row in rows:
+        pflops, accuracy, error, n, seeds, device, log = (cell.strip() for cell in row.split('|'))
+        name = re.fullmatch(r'\[(\w+)\]\(\1.jsonl\)', log)[1]
+        header, runs = summarize.read_logs([RESULTS / 'search_95_muon' / f'{name}.jsonl'])
+        words = shlex.split(options)
+        changes = {
+            flag.removeprefix('--'): ast.literal_eval(value)
+            for flag, value in zip(words[::2], words[1::2], strict=True)
+        }
+        recipe = json.loads(json.dumps(airbench94_muon.hyp | changes))
+        assert header['hyperparameters'] == recipe and header['data'] == CIFAR10
+        summary = summarize.summarize(runs)
+        assert pflops == f'{summary["pflops"]:.2f}' and n == str(summary['n'] + summary['diverged'])
+        spread = f' ± {error}' if error else ''
+        assert summarize.readme_cell(summary) == f'{accuracy}{spread} ({n})'
+        first, *last = map(int, seeds.split(' to '))
+        assert [run['seed'] for run in runs] == list(range(first, (last or [first])[0] + 1))
+        assert all(word in header['device'] for word in re.findall(r'[\w-]+', device))
+
+
 def test_each_log_is_explained():
     folders = [folder for folder in RESULTS.iterdir() if folder.is_dir() and folder.name[0] != '_']
-    assert len(folders) == 8
+    assert len(folders) == 9
     for folder in folders:
         pages = ' '.join(page.read_text() for page in folder.glob('*.md'))
         assert f'({folder.name})' in (RESULTS / 'README.md').read_text()

@@ -4,6 +4,7 @@ found.
 """
 
 import copy
+import importlib
 import platform
 from types import SimpleNamespace
 
@@ -298,6 +299,17 @@ def test_warmup_on_a_device_trains_on_a_few_batches(tiny, monkeypatch):
     assert options['test_loader'] is test_loader
     assert options.get('net') is options.get('seed') is None
     assert len(loader.images) == len(loader.labels) == 1100 and len(test_loader.images) == 10_500
+
+
+@pytest.mark.parametrize('script', ['airbench94', 'airbench95', 'airbench96'])
+def test_warmup_leaves_it_to_the_training_to_diverge(script, tiny, monkeypatch):
+    module = importlib.import_module(script)
+
+    def diverge(*args, **options):
+        raise FloatingPointError
+
+    monkeypatch.setattr(module, 'train', diverge)
+    module.warmup(CifarLoader(tiny, True, 100, device='meta'), device='meta')
 
 
 def test_warmup_without_a_loader_is_for_the_recipes_batches(tiny, monkeypatch):
