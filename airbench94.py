@@ -115,7 +115,7 @@ def load_split(path, train):
 
 
 def synthetic_split(train):
-    """5,000 training or 1,000 test images of noise, as bright as their class is high."""
+    """5,000 training or 1,000 test images of noise: the higher the class, the brighter."""
     generator = torch.Generator().manual_seed(int(train))
     labels = torch.randint(10, (5000 if train else 1000,), generator=generator)
     noise = torch.randint(64, (len(labels), 32, 32, 3), generator=generator)
@@ -383,8 +383,8 @@ def make_optimizer(net, h):
     paper's, with which its hyperparameters were tuned.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
-    decay is divided by the group's lr: a step then decays the weights as much at any lr. It still
-    follows the lr's schedule.
+    decay is divided by the group's lr: then a step decays the weights by the same share at any
+    lr. It still follows the lr's schedule.
 
     Any other optimizer of PyTorch can be returned; its lr follows the schedule. In float16 Adam
     gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
@@ -654,7 +654,7 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     loader.labels = loader.labels[:n]
     # An epoch with the bias trained, an epoch with it frozen, and an lr that is safe.
     overrides |= dict(epochs=2, whiten_bias_epochs=1, lr=1e-3)
-    with suppress(FloatingPointError):  # the training itself is to say so
+    with suppress(FloatingPointError):  # if it diverges, the run itself is to say so
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,
               callback=lambda net, row: None, **overrides)
 

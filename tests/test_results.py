@@ -291,15 +291,15 @@ def test_the_time_without_needless_products_is_as_logged():
 
 
 def test_the_trials_for_95_follow_from_their_logs():
-    page = (RESULTS / 'search_95_muon' / 'README.md').read_text()
-    rows = re.findall(r'^\| `(--.*?)` \|(.*)\|$', page, re.MULTILINE)
-    logs = sorted((RESULTS / 'search_95_muon').glob('*.jsonl'))
-    assert logs == sorted(RESULTS / 'search_95_muon' / f'{row.split("[")[1].split("]")[0]}.jsonl'
-                          for _, row in rows)  # fmt: skip
-    for options, row in rows:
+    """An option is a hyperparameter of airbench94_muon.py that was changed."""
+    folder = RESULTS / 'search_95_muon'
+    page = (folder / 'README.md').read_text()
+    logs = set()
+    for options, row in re.findall(r'^\| `(--.*?)` \|(.*)\|$', page, re.MULTILINE):
         pflops, accuracy, error, n, seeds, device, log = (cell.strip() for cell in row.split('|'))
-        name = re.fullmatch(r'\[(\w+)\]\(\1.jsonl\)', log)[1]
-        header, runs = summarize.read_logs([RESULTS / 'search_95_muon' / f'{name}.jsonl'])
+        file = folder / re.fullmatch(r'\[\w+\]\((\w+.jsonl)\)', log)[1]
+        logs.add(file)
+        header, runs = summarize.read_logs([file])
         words = shlex.split(options)
         changes = {
             flag.removeprefix('--'): ast.literal_eval(value)
@@ -314,6 +314,11 @@ def test_the_trials_for_95_follow_from_their_logs():
         first, *last = map(int, seeds.split(' to '))
         assert [run['seed'] for run in runs] == list(range(first, (last or [first])[0] + 1))
         assert all(word in header['device'] for word in re.findall(r'[\w-]+', device))
+    assert logs == set(folder.glob('*.jsonl'))
+    _, (run,) = summarize.read_logs([folder / 'translate3.jsonl'])
+    learned = 100 * min(run['train_acc'][-2:])
+    said = f'In the last two epochs of seed {run["seed"]} the last batch was learned to at least '
+    assert f'{said}{learned:.1f}%' in ' '.join(page.split())
 
 
 def test_each_log_is_explained():
