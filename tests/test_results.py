@@ -5,11 +5,14 @@ import importlib
 import json
 import math
 import re
+import runpy
 import shlex
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_summarize import summarize
 
@@ -318,7 +321,47 @@ def test_the_trials_for_95_follow_from_their_logs():
     _, (run,) = summarize.read_logs([folder / 'translate3.jsonl'])
     learned = 100 * min(run['train_acc'][-2:])
     said = f'In the last two epochs of seed {run["seed"]} the last batch was learned to at least '
-    assert f'{said}{learned:.1f}%' in ' '.join(page.split())
+    words = ' '.join(page.split())
+    assert f'{said}{learned:.1f}%' in words
+
+    _, (narrow,) = summarize.read_logs([folder / 'translate4.jsonl'])
+    _, (wide,) = summarize.read_logs([folder / 'wide17.jsonl'])
+    gain = 100 * (wide['tta_val_acc'] - narrow['tta_val_acc'])
+    assert wide['pflops'] < narrow['pflops']
+    assert f"17 epochs give {gain:.2f} points more than W's channels for 29.9 epochs" in words
+    planned = re.findall(r"`--widths '(\([\d, ]+\))'` at ([\d.]+) PFLOPs", words)
+    assert len(planned) == 2
+    for widths, pflops in planned:
+        h = airbench94_muon.merge(dict(widths=ast.literal_eval(widths)))
+        counted = airbench94_muon.count_pflops(h, steps=17 * 25, test_size=10000)
+        assert pflops == f'{counted:.2f}'
+
+    views = list(map(json.loads, open(folder / 'views.json')))
+    moved = [100 * row['accuracy'] for row in views if 'one pixel' in row['views']]
+    moved += [100 * row['accuracy'] for row in views if 'two pixels' in row['views']]
+    resized = [100 * row['accuracy'] for row in views if 'resized' in row['views']]
+    own = 100 * narrow['tta_val_acc']
+    said = f'weights give {min(moved):.2f} to {max(moved):.2f}, after {own:.2f}'
+    assert f'{said}, and images resized to 30 and 34 pixels at most {max(resized):.2f}' in words
+
+
+def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatch, capsys):
+    h = dict(airbench94_muon.hyp, widths=(4, 8, 8))
+    train_loader = airbench94_muon.CifarLoader('synthetic', batch_size=500, device='cpu')
+    net = airbench94_muon.train(train_loader, widths=h['widths'], epochs=4, seed=0, verbose=False)
+    loader = airbench94_muon.CifarLoader('synthetic', train=False, device='cpu')
+    torch.save(dict(hyperparameters=h, state_dict=net.state_dict()), tmp_path / 'net.pt')
+    program = str(RESULTS / 'search_95_muon' / 'views.py')
+    monkeypatch.setattr('sys.argv', [program, str(tmp_path / 'net.pt'), 'synthetic'])
+    monkeypatch.setattr('sys.path', list(sys.path))
+    runpy.run_path(program, run_name='__main__')
+    rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert len(rows) == 1 + 4 * 3 * 3
+    found = {(row['views'], row.get('share'), row.get('weight')): row['accuracy'] for row in rows}
+    expected = [airbench94_muon.evaluate(net, loader, level) for level in (1, 2)]
+    own = found['the image and its mirror image', None, None], found['one pixel', 0.125, 2]
+    assert own == pytest.approx(expected)
+    assert len(set(found.values())) > 4  # other views, other accuracies
 
 
 def test_each_log_is_explained():

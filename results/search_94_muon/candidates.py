@@ -43,8 +43,9 @@ SIZES_22_26 = [[0.3, 22, 'bilinear'], [0.3, 26, 'bilinear'], [0.4, 32, 'none']]
 # W, the recipe of airbench94_muon.py, at less compute.
 BASE_94 = R_94 | CHEAP | dict(stages=SIZES_22_26, early_pool=True, tail=[0.04, 0.05])
 
-# The same scaled: 1.33 times the channels, and a compute that gives it 29 epochs.
-BASE_95 = BASE_94 | dict(budget=0.55, mids=[64, 192, 512], widths=[96, 384, 512])
+# W with 1.7 to 1.8 times the channels, and a compute that gives it W's 17 epochs
+# (results/search_95_muon).
+BASE_95 = BASE_94 | dict(budget=0.55, mids=[48, 256, 656], widths=[128, 512, 656])
 
 # What runs before seed 2050 had besides: of no use, or part of BASE_94 now.
 TRIED_94 = {
@@ -87,11 +88,13 @@ FACTORS_94 = {
 
 FACTORS_95 = {
     '0.7 PFLOPs': dict(budget=0.7),
-    'wider': dict(mids=[64, 224, 640], widths=[96, 448, 640]),
+    'wider': dict(mids=[48, 288, 752], widths=[144, 576, 752]),
     'translation by 4': dict(translate=4),
     'cutout 8': dict(cutout=8),
     'Muon lr 0.2': dict(muon_lr=0.2),
     'label smoothing 0.15': dict(label_smoothing=0.15),
+    # with a residual, as airbench96.py has it
+    'a third convolution in block 3': dict(extra=[0, 0, 1]),
 } | {
     name: FACTORS_94[name]
     for name in (
