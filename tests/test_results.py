@@ -318,18 +318,22 @@ def test_the_trials_for_95_follow_from_their_logs():
         assert [run['seed'] for run in runs] == list(range(first, (last or [first])[0] + 1))
         assert all(word in header['device'] for word in re.findall(r'[\w-]+', device))
     assert logs == set(folder.glob('*.jsonl'))
+
+
+def test_what_is_said_of_the_trials_for_95():
+    folder = RESULTS / 'search_95_muon'
+    page = ' '.join((folder / 'README.md').read_text().split())
     _, (run,) = summarize.read_logs([folder / 'translate3.jsonl'])
     learned = 100 * min(run['train_acc'][-2:])
     said = f'In the last two epochs of seed {run["seed"]} the last batch was learned to at least '
-    words = ' '.join(page.split())
-    assert f'{said}{learned:.1f}%' in words
+    assert f'{said}{learned:.1f}%' in page
 
     _, (narrow,) = summarize.read_logs([folder / 'translate4.jsonl'])
     _, (wide,) = summarize.read_logs([folder / 'wide17.jsonl'])
     gain = 100 * (wide['tta_val_acc'] - narrow['tta_val_acc'])
     assert wide['pflops'] < narrow['pflops']
-    assert f"17 epochs give {gain:.2f} points more than W's channels for 29.9 epochs" in words
-    planned = re.findall(r"`--widths '(\([\d, ]+\))'` at ([\d.]+) PFLOPs", words)
+    assert f"17 epochs give {gain:.2f} points more than W's channels for 29.9 epochs" in page
+    planned = re.findall(r"`--widths '(\([\d, ]+\))'` at ([\d.]+) PFLOPs", page)
     assert len(planned) == 2
     for widths, pflops in planned:
         h = airbench94_muon.merge(dict(widths=ast.literal_eval(widths)))
@@ -342,7 +346,7 @@ def test_the_trials_for_95_follow_from_their_logs():
     resized = [100 * row['accuracy'] for row in views if 'resized' in row['views']]
     own = 100 * narrow['tta_val_acc']
     said = f'weights give {min(moved):.2f} to {max(moved):.2f}, after {own:.2f}'
-    assert f'{said}, and images resized to 30 and 34 pixels at most {max(resized):.2f}' in words
+    assert f'{said}, and images resized to 30 and 34 pixels at most {max(resized):.2f}' in page
 
 
 def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatch, capsys):

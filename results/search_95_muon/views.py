@@ -3,11 +3,11 @@ What other test-time augmentation would give a trained network of airbench94_muo
 
     python results/search_95_muon/views.py NETWORK DATA > LOG
 
-NETWORK is a file that --save has written, DATA the folder of CIFAR-10. Of each kind of view the
-share of the least sure images gets all views, with their mirror images. Their mean, of which each
-view has the same weight and the unmoved image `weight` times that, replaces the logits that such
-an image has by itself and its mirror image. The script's own test-time augmentation is `one pixel`,
-a share of 0.125 and a weight of 2.
+NETWORK is a file that --save has written, DATA the folder of CIFAR-10. All views come with their
+mirror images. First each image gets logits from the image as it is. Then the share of the images
+that are least sure gets other views too. Their logits are the mean over these views and the image
+as it is, which counts `weight` times. The script's own test-time augmentation is `one pixel`, a
+share of 0.125 and a weight of 2.
 """
 
 import json
@@ -35,6 +35,7 @@ def translations(images, reach):
 
 
 def along_an_axis(images):
+    """By a pixel to the left, right, top and bottom."""
     padded = F.pad(images, (1,) * 4, mode='reflect')
     for y, x in ((0, 1), (1, 0), (1, 2), (2, 1)):
         yield padded[..., y : y + 32, x : x + 32]
