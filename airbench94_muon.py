@@ -356,6 +356,50 @@ class BatchNorm(nn.BatchNorm2d):
         self.weight.requires_grad = False
 
 
+class MaxPool(torch.autograd.Function):
+    """
+    F.max_pool2d(x, 2), for torch.compile.
+
+    Of F.max_pool2d it makes a backward pass that looks up by computed indices, and that takes three
+    times as long on a GPU (results/airbench94_muon). Here each index is known beforehand: a value
+    gets the gradient if it is the one of its four that was the largest.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.size = x.shape[2:]
+        height, width = (side // 2 * 2 for side in ctx.size)
+        x = x[..., :height, :width]  # of an odd size the last row or column is dropped
+        top_left, top_right = x[..., ::2, ::2], x[..., ::2, 1::2]
+        low_left, low_right = x[..., 1::2, ::2], x[..., 1::2, 1::2]
+        top = torch.maximum(top_left, top_right)
+        low = torch.maximum(low_left, low_right)
+        # Which of the four is the largest, the first one of equals.
+        of_top = (top_right > top_left).to(torch.int8)
+        of_low = (low_right > low_left).to(torch.int8) + 2
+        ctx.save_for_backward(torch.where(low > top, of_low, of_top))
+        return torch.maximum(top, low)
+
+    @staticmethod
+    def backward(ctx, grad):
+        largest, = ctx.saved_tensors
+        # (N, C, height, 2, width, 2), where the axes of 2 are a row and a column of the four.
+        position = torch.arange(4, dtype=torch.int8, device=grad.device).view(2, 1, 2)
+        is_largest = largest[:, :, :, None, :, None] == position
+        spread = torch.where(is_largest, grad[:, :, :, None, :, None], 0)
+        spread = spread.flatten(4).flatten(2, 3)
+        height, width = ctx.size
+        spread = F.pad(spread, (0, width % 2, 0, height % 2))
+        return spread.contiguous(memory_format=torch.channels_last)
+
+
+def max_pool(x):
+    """Max-pooling of 2x2."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return MaxPool.apply(x)
+    return F.max_pool2d(x, 2)
+
+
 class Block(nn.Module):
     """
     Two convolutions, each with a norm and a GELU.
@@ -380,11 +424,11 @@ class Block(nn.Module):
     def forward(self, x):
         x = self.conv1(x)
         if self.pool1:
-            x = F.max_pool2d(x, 2)
+            x = max_pool(x)
         x = F.gelu(self.norm1(x))
         x = self.conv2(x)
         if self.pool2:
-            x = F.max_pool2d(x, 2)
+            x = max_pool(x)
         return F.gelu(self.norm2(x))
 
 
@@ -509,29 +553,46 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.6, normalize=True, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, normalize=normalize, dtype=dtype))
+        self.streams = {}  # by weight, see beside_others
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            weights = [p for p in group['params'] if p.grad is not None]
-            grads = [p.grad for p in weights]
-            for p in weights:
-                if 'momentum_buffer' not in self.state[p]:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-            buffers = [self.state[p]['momentum_buffer'] for p in weights]
-            # A call of torch._foreach takes all tensors of a list at once, on a GPU mostly in one
-            # kernel. PyTorch's own optimizers do so too.
-            torch._foreach_mul_(buffers, group['momentum'])
-            torch._foreach_add_(buffers, grads)
-            updates = torch._foreach_add(grads, buffers, alpha=group['momentum'])
-            for update in updates:
-                update.copy_(orthogonalize_filters(update, group['dtype']))
-            if group['normalize']:
-                norms = torch._foreach_norm(weights)
-                torch._foreach_div_(norms, [len(p)**0.5 for p in weights])
-                torch._foreach_div_(weights, norms)
-            torch._foreach_mul_(updates, group['lr'])  # a number, or a tensor on the device
-            torch._foreach_sub_(weights, updates)
+            for weight in group['params']:
+                if weight.grad is not None:
+                    with self.beside_others(weight):
+                        self.update(weight, group)
+        # What comes next waits for all of them.
+        for weight, stream in self.streams.items():
+            torch.cuda.current_stream(weight.device).wait_stream(stream)
+        self.streams.clear()
+
+    def update(self, weight, group):
+        state = self.state[weight]
+        if 'momentum_buffer' not in state:
+            state['momentum_buffer'] = torch.zeros_like(weight)
+        buffer = state['momentum_buffer']
+        buffer.mul_(group['momentum']).add_(weight.grad)
+        update = weight.grad.add(buffer, alpha=group['momentum'])
+        update.copy_(orthogonalize_filters(update, group['dtype']))
+        if group['normalize']:
+            weight.div_(weight.norm() / len(weight)**0.5)
+        weight.sub_(update.mul_(group['lr']))  # lr is a number, or a tensor on the device
+
+    @contextmanager
+    def beside_others(self, weight):
+        """
+        In a step that is recorded, each weight is updated on a stream of its own: all at once, as
+        the products of a single one are too small to occupy a GPU.
+        """
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        stream = torch.cuda.Stream(weight.device)
+        stream.wait_stream(torch.cuda.current_stream(weight.device))
+        self.streams[weight] = stream
+        with torch.cuda.stream(stream):
+            yield
 
 
 def make_optimizer(net, h):
@@ -617,6 +678,24 @@ def image_size(step, total_steps, h):
         if step < until * total_steps:
             return size
     return 32
+
+
+@functools.cache
+def resize_matrix(size, device, dtype):
+    """The (size, 32) matrix that reduces 32 values to size, as F.interpolate does."""
+    unit_vectors = torch.eye(32).unsqueeze(1)
+    return F.interpolate(unit_vectors, size=size, mode='linear').squeeze(1).T.to(device, dtype)
+
+
+def resize(images, size):
+    """
+    F.interpolate(images, size=size, mode='bilinear') of (N, 3, 32, 32) images.
+
+    It is a matrix product along each axis. On a GPU, F.interpolate starts just a thread for each
+    pixel if there are three channels, which loops over all images. It takes 20 times as long.
+    """
+    matrix = resize_matrix(size, images.device, images.dtype)
+    return ((images @ matrix.T).mT @ matrix.T).mT
 
 
 def train_step(net, optimizers, inputs, labels, label_smoothing):
@@ -1038,7 +1117,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
             # Small images cost little accuracy at first, and less than crops of the same size
             # (results/search_94_muon).
             if size < 32:
-                inputs = F.interpolate(inputs, size=size, mode='bilinear')
+                inputs = resize(inputs, size)
             if h['compile']:
                 loss, logits = captured(inputs, labels, lr_factor(step, total_steps, h))
             else:

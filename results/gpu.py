@@ -7,9 +7,10 @@ A quarter of an hour on a GPU: what a step waits for, the timed series, and a se
 
 The first two are lists of commands, the most important first. One that would not fit into the
 seconds that are left is skipped. After each of them all output and all logs are in DIR/bench.tar or
-DIR/runs.tar. Work and compile caches are in --work, where the second call finds those of the first.
-With --only NAME just the commands whose names contain it are run; with --tiny networks and batches
-are tiny, to try the program on a CPU.
+DIR/runs.tar. bench trains on random images, which take as long as others. Work and compile caches
+are in --work, where the second call finds those of the first. With --only NAME just the commands
+whose names contain it are run; with --tiny networks and batches are tiny, to try the program on a
+CPU.
 
 The search trains what search_94_muon/candidates.py has for --target, --processes at a time, and is
 stopped when its seconds are over. All runs that ended are in DIR/search.tar, and it prints what
@@ -27,22 +28,31 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 ROOT = Path(__file__).resolve().parent.parent
 # How a step is run. In captured-unnormalized Muon leaves the norms of the filters alone, which
 # bounds what there is to gain by scaling them in every eighth step only. In captured-padded
-# airbench94_muon.py convolves small maps and maps before a pool as PyTorch does, zeros included.
+# airbench94_muon.py convolves small maps and maps before a pool as PyTorch does, zeros included; in
+# captured-trimmed only small maps, in captured-small-maps only maps before a pool. In
+# captured-one-stream Muon updates one filter after another. In captured-exhaustive cuDNN tries all
+# of its kernels, not ten.
 VARIANTS = (
     'eager',
     'compiled',
     'captured',
     'captured-unnormalized',
     'captured-padded',
+    'captured-trimmed',
+    'captured-small-maps',
+    'captured-one-stream',
+    'captured-exhaustive',
     'reduce-overhead',
     'max-autotune-no-cudagraphs',
 )
@@ -53,8 +63,18 @@ VARIANTS = (
 
 def make_step(module, variant, h, device, dtype):
     """The network, and a function of inputs and labels that trains it by a step."""
+    if variant == 'captured-one-stream':
+        module.Muon.beside_others = lambda optimizer, weight: nullcontext()
+    if variant == 'captured-exhaustive':
+        torch.backends.cudnn.benchmark_limit = 0
+    plain = torch.nn.Conv2d.forward
     if variant == 'captured-padded':
-        module.Conv.forward = torch.nn.Conv2d.forward
+        module.Conv.forward = plain
+    if variant == 'captured-trimmed':
+        module.convolve_small_maps = lambda x, weight: F.conv2d(x, weight, padding=1)
+    if variant == 'captured-small-maps':
+        real = module.Conv.forward
+        module.Conv.forward = lambda conv, x: (plain if conv.before_pool else real)(conv, x)
     net = module.Net(h, 10, device, dtype).train()  # all variants start from it
     if variant == 'eager':
         optimizer = module.make_optimizer(net, h)
@@ -83,7 +103,7 @@ def make_step(module, variant, h, device, dtype):
 
 
 def profile(step, inputs, labels, device, ms):
-    """How many kernels a step has, the share of its time that they take, the ten longest."""
+    """How many kernels a step has, the share of its time that they take, the longest 60."""
     activities = [ProfilerActivity.CPU]
     if device.type == 'cuda':
         activities.append(ProfilerActivity.CUDA)
@@ -101,11 +121,11 @@ def profile(step, inputs, labels, device, ms):
     def total(event):
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    longest = sorted(events, key=total, reverse=True)[:10]
+    longest = sorted(events, key=total, reverse=True)[:60]
     return dict(
         kernels_per_step=sum(event.count for event in events) / 5,
         busy=sum(map(total, events)) / 5000 / ms,
-        longest=[[event.key[:90], total(event) / 5000, event.count / 5] for event in longest],
+        longest=[[event.key[:120], total(event) / 5000, event.count / 5] for event in longest],
     )
 
 
@@ -186,20 +206,55 @@ def bench_plan(args):
         command += ['--device', args.device, *(['--tiny'] if args.tiny else [])]
         plan.append((f'probe_{script}_{variant}{name}', seconds, command))
 
-    add('airbench94_muon', 'captured', 120)
-    add('airbench94_muon', 'eager', 30)
-    add('airbench94_muon', 'captured-padded', 90)
-    plan.append(('tests', 120, [*pytest, *tests]))
-    add('airbench94_compiled', 'captured', 60)
+    def add_script(script, runs, seconds):
+        command = [*python, str(ROOT / f'{script}.py'), '--data', str(args.work / 'random')]
+        command += ['--runs', str(runs), '--log', str(args.work / 'logs' / f'{script}.jsonl')]
+        command += ['--device', args.device]
+        if args.tiny:
+            command += ['--widths', '(8,8,8)', '--batch_size', '20', '--epochs', '1']
+        plan.append((f'{script}_{runs}', seconds, command))
+
+    add_script('airbench94_muon', 3, 60)
+    add('airbench94_muon', 'captured', 40)
+    add('airbench94_muon', 'captured-one-stream', 40)
+    add_script('airbench94_compiled', 3, 60)
+    add('airbench94_muon', 'captured-padded', 40)
+    add('airbench94_compiled', 'captured', 40)
+    add('airbench94_muon', 'captured-exhaustive', 60)
     add('airbench94_compiled', 'eager', 30)
-    add('airbench94_muon', 'compiled', 60)
+    add('airbench94_muon', 'captured-trimmed', 40)
+    add('airbench94_muon', 'captured-small-maps', 40)
     for widths in ('64 256 384', '64 320 384', '96 256 384'):
         name = '_' + widths.replace(' ', '_')
-        add('airbench94_muon', 'captured', 90, name, '--widths', *widths.split())
-    add('airbench94_muon', 'captured-unnormalized', 60)
+        add('airbench94_muon', 'captured', 40, name, '--widths', *widths.split())
+    add('airbench94_muon', 'compiled', 40)
+    add('airbench94_muon', 'eager', 30)
+    add('airbench94_muon', 'captured-unnormalized', 40)
     add('airbench94_muon', 'reduce-overhead', 90)
     add('airbench94_compiled', 'max-autotune-no-cudagraphs', 60)
+    plan.append(('tests', 120, [*pytest, *tests]))
     return plan
+
+
+def make_random_data(args):
+    """Two files as those of CIFAR-10."""
+    folder = args.work / 'random'
+    folder.mkdir(parents=True, exist_ok=True)
+    n_train, n_test = (60, 40) if args.tiny else (50000, 10000)
+    for split, n in (('train', n_train), ('test', n_test)):
+        images = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8)
+        labels = torch.arange(n) % 10
+        data = dict(images=images, labels=labels, classes=list('0123456789'))
+        torch.save(data, folder / f'{split}.pt')
+
+
+def environment(args):
+    return dict(
+        os.environ,
+        PYTHONUNBUFFERED='1',
+        TORCHINDUCTOR_CACHE_DIR=str(args.work / 'inductor'),
+        TRITON_CACHE_DIR=str(args.work / 'triton'),
+    )
 
 
 def runs_plan(args):
@@ -323,12 +378,8 @@ def run_all(plan, args):
     start = time.monotonic()
     folder = args.work / 'logs'
     folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(
-        os.environ,
-        PYTHONUNBUFFERED='1',
-        TORCHINDUCTOR_CACHE_DIR=str(args.work / 'inductor'),
-        TRITON_CACHE_DIR=str(args.work / 'triton'),
-    )
+    if args.stage == 'bench':
+        make_random_data(args)
     for name, seconds, command in plan:
         left = args.seconds - (time.monotonic() - start)
         if args.only and args.only not in name:
@@ -342,7 +393,7 @@ def run_all(plan, args):
                 code = subprocess.run(
                     command,
                     cwd=ROOT,
-                    env=environment,
+                    env=environment(args),
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     timeout=min(left, 2 * seconds),
@@ -350,7 +401,8 @@ def run_all(plan, args):
             except subprocess.TimeoutExpired:
                 code = 'stopped'
         print(f'{name}: {code}, {time.monotonic() - begin:.0f} s', flush=True)
-        for line in (folder / f'{name}.out').read_text().splitlines()[-4:]:
+        lines = (folder / f'{name}.out').read_text().splitlines()
+        for line in [line for line in lines if 'Profiler' not in line][-3:]:
             print('    ' + summary_of(line), flush=True)
         pack(args)
 

@@ -66,6 +66,45 @@ def test_captured_training_is_the_plain_one(module, tiny, uncompiled):
 
 
 @MODULES
+@pytest.mark.parametrize('height, width', [(6, 6), (7, 9), (3, 2)])
+def test_the_pool_for_compiling_is_pytorchs(module, height, width):
+    """Values and gradients, of equal values too, and of odd sizes; eager and compiled."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(5, (4, 8, height, width), generator=generator).float()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected = F.max_pool2d(x, 2)
+    grad = torch.randn(expected.shape, generator=generator)
+    (of_x,) = torch.autograd.grad(expected, x, grad)
+    compiled = torch.compile(module.max_pool, fullgraph=True, dynamic=False, backend='aot_eager')
+    for pool in (module.MaxPool.apply, compiled, module.max_pool):
+        out = pool(x)
+        assert out.equal(expected) and torch.autograd.grad(out, x, grad)[0].equal(of_x)
+
+
+@MODULES
+def test_only_compiled_training_has_its_own_pool(module, monkeypatch):
+    """Compiled evaluation and everything else have PyTorch's."""
+    calls = []
+    real = module.MaxPool.apply
+
+    def apply(x):
+        calls.append(x.shape)
+        return real(x)
+
+    monkeypatch.setattr(module.MaxPool, 'apply', apply)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    net = module.Net(module.hyp | dict(widths=(8, 16, 16)))
+    images = torch.randn(4, 3, 32, 32)
+    net(images)
+    assert len(calls) == 3
+    with torch.no_grad():
+        net(images)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: False)
+    net(images)
+    assert len(calls) == 3
+
+
+@MODULES
 def test_a_run_does_not_depend_on_those_before(module, tiny, uncompiled):
     """Nor on their lr, momentum or weight decay, which a recording holds as plain numbers."""
     options = dict(SMALL, epochs=2, whiten_bias_epochs=1, compile=True)

@@ -32,10 +32,10 @@ def logs(tmp_path, stage):
 
 
 def test_probes_and_what_does_not_fit(tmp_path):
-    name = 'probe_airbench94_muon_captured_96_256_384'  # which may take 90 seconds
-    done = run(tmp_path, 'bench', '--only', name, seconds=89)
-    assert done.returncode == 0 and done.stdout == f'{name}: skipped, 89 of 90 seconds are left\n'
-    done = run(tmp_path, 'bench', '--only', name, seconds=91)
+    name = 'probe_airbench94_muon_captured_96_256_384'  # which may take 40 seconds
+    done = run(tmp_path, 'bench', '--only', name, seconds=39)
+    assert done.returncode == 0 and done.stdout == f'{name}: skipped, 39 of 40 seconds are left\n'
+    done = run(tmp_path, 'bench', '--only', name, seconds=60)
     assert done.returncode == 0 and done.stdout.startswith(f'{name}: 0, '), done.stderr
     out = logs(tmp_path, 'bench')
     assert all(name.endswith('.out') for name in out)
@@ -44,7 +44,7 @@ def test_probes_and_what_does_not_fit(tmp_path):
     assert len(record['losses']) == 20 and record['losses'][-1] < record['losses'][0]
     for of_size in record['sizes'].values():
         assert of_size['ms'] >= of_size['host_ms'] > 0 and of_size['kernels_per_step'] > 10
-        assert len(of_size['longest']) == 10
+        assert len(of_size['longest']) == 60
 
 
 @pytest.mark.parametrize('variant', gpu.VARIANTS)
@@ -190,4 +190,4 @@ def test_the_plans_know_each_script(tmp_path):
         assert ['--runs 13' in turns[0], '--runs 25' in turns[1]] == [True, True]
     assert any('--epochs 15.25' in command for command in commands)
     bench = gpu.bench_plan(args)
-    assert sum(seconds for _, seconds, _ in bench) <= 1000 and 'captured' in bench[0][0]
+    assert sum(seconds for _, seconds, _ in bench) <= 1000 and bench[0][0] == 'airbench94_muon_3'
