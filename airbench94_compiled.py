@@ -1,8 +1,7 @@
 """
 Trains a network to 94% test accuracy on CIFAR-10.
 
-93.96% in the mean of 3 runs on a CPU; 0.36 PFLOPs a run (results/README.md). It was not timed on a
-GPU yet.
+94.05% in the mean of 21 runs of 1.44 s on an NVIDIA H200; 0.36 PFLOPs a run (results/README.md).
 
 The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv
 2404.00498), called "the paper" below. This is the recipe of airbench94.py to the letter. Its

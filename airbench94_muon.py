@@ -1,8 +1,8 @@
 """
 Trains a network to 94% test accuracy on CIFAR-10.
 
-94.17% in the mean of 10 runs on a CPU; 0.19 PFLOPs a run (results/README.md). It was not timed on
-a GPU yet. Compiling needs a C++ compiler and, on CUDA, Triton.
+94.16% in the mean of 16 runs of 1.53 s on an NVIDIA H200; 0.19 PFLOPs a run (results/README.md).
+Compiling takes two minutes at the first start, and needs a C++ compiler and, on CUDA, Triton.
 
 The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv
 2404.00498), called "the paper" below. Relative to airbench94.py:
