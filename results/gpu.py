@@ -1,9 +1,10 @@
 """
-A quarter of an hour on a GPU: what a step waits for, the timed series, and a search. Three stages:
+A quarter of an hour on a GPU: what a step waits for, the timed series, and a search. Four stages:
 
     python results/gpu.py bench --out DIR --seconds 350                # needs no data
     python results/gpu.py runs --out DIR --seconds 300 --data FOLDER   # the real data
-    python results/gpu.py search --out DIR --seconds 150 --data FOLDER --seed 4000
+    python results/gpu.py trials --out DIR --seconds 120 --data FOLDER --target 95 --seed 840
+    python results/gpu.py search --out DIR --seconds 150 --data FOLDER --target 96 --seed 9600
 
 The first two are lists of commands, the most important first. One that would not fit into the
 seconds that are left is skipped. After each of them all output and all logs are in DIR/bench.tar or
@@ -11,6 +12,10 @@ DIR/runs.tar. bench trains on random images, which take as long as others. Work 
 are in --work, where the second call finds those of the first. With --only NAME just the commands
 whose names contain it are run; with --tiny networks and batches are tiny, to try the program on a
 CPU.
+
+On the H200 airbench94_muon.py compiled for 112 seconds at its first start, in 16 threads, and its
+first start at other widths takes as long. So trials of other widths do not compile: they run at
+once, one process for each, as times are not asked for, and their accuracies are printed.
 
 The search trains what search_94_muon/candidates.py has for --target, --processes at a time, and is
 stopped when its seconds are over. All runs that ended are in DIR/search.tar, and it prints what
@@ -24,6 +29,7 @@ import argparse
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -214,22 +220,19 @@ def bench_plan(args):
             command += ['--widths', '(8,8,8)', '--batch_size', '20', '--epochs', '1']
         plan.append((f'{script}_{runs}', seconds, command))
 
-    add_script('airbench94_muon', 3, 60)
-    add('airbench94_muon', 'captured', 40)
-    add('airbench94_muon', 'captured-one-stream', 40)
-    add_script('airbench94_compiled', 3, 60)
-    add('airbench94_muon', 'captured-padded', 40)
-    add('airbench94_compiled', 'captured', 40)
+    add_script('airbench94_muon', 3, 130)
+    # These find in the cache what the script has compiled.
+    add('airbench94_muon', 'captured', 50)
+    add('airbench94_muon', 'captured-one-stream', 50)
     add('airbench94_muon', 'captured-exhaustive', 60)
+    add('airbench94_muon', 'captured-unnormalized', 50)
+    add_script('airbench94_compiled', 3, 60)
+    add('airbench94_compiled', 'captured', 40)
     add('airbench94_compiled', 'eager', 30)
-    add('airbench94_muon', 'captured-trimmed', 40)
-    add('airbench94_muon', 'captured-small-maps', 40)
-    for widths in ('64 256 384', '64 320 384', '96 256 384'):
-        name = '_' + widths.replace(' ', '_')
-        add('airbench94_muon', 'captured', 40, name, '--widths', *widths.split())
-    add('airbench94_muon', 'compiled', 40)
+    add('airbench94_muon', 'captured-padded', 120)
+    add('airbench94_muon', 'captured', 120, '_64_256_384', '--widths', '64', '256', '384')
+    add('airbench94_muon', 'compiled', 50)
     add('airbench94_muon', 'eager', 30)
-    add('airbench94_muon', 'captured-unnormalized', 40)
     add('airbench94_muon', 'reduce-overhead', 90)
     add('airbench94_compiled', 'max-autotune-no-cudagraphs', 60)
     plan.append(('tests', 120, [*pytest, *tests]))
@@ -284,14 +287,72 @@ def runs_plan(args):
     full = 2 if args.tiny else 25
     seed = ['--seed', str(args.seed)]
     for runs in (small, full):
-        add('airbench94_muon', runs, 130 if runs == small else 60, '', *seed)
-        add('airbench94_compiled', runs, 90 if runs == small else 50, '', *seed)
+        add('airbench94_muon', runs, 140 if runs == small else 65, '', *seed)
+        add('airbench94_compiled', runs, 65, '', *seed)
         add('airbench94', runs, 50, '', *seed)
     for epochs in ('15.25', '14'):
         add('airbench94_muon', full, 80, f'_{epochs}', *seed, '--epochs', epochs)
     add('airbench95', full, 160, '', *seed)
     add('airbench96', 3, 90, '', *seed)
     return plan
+
+
+# ---------------------------------------------- Trials --------------------------------------------
+
+# Options of airbench94_muon.py. For 94%, channels that are multiples of 64, the size of a kernel's
+# tile; for 95%, more of them.
+TRIALS = {
+    '94': [
+        ['--widths', '(64, 256, 384)', '--epochs', '20'],
+        ['--widths', '(64, 256, 512)'],
+        ['--widths', '(64, 384, 384)'],
+    ],
+    '95': [
+        ['--widths', '(104, 416, 544)'],
+        ['--widths', '(112, 448, 576)'],
+        ['--widths', '(120, 480, 640)'],
+        ['--widths', '(128, 512, 656)'],
+        ['--widths', '(144, 576, 752)'],
+    ],
+}
+
+
+def trials(args):
+    """All of them at once, uncompiled, four runs each."""
+    start = time.monotonic()
+    folder = args.work / 'logs'
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for i, words in enumerate(TRIALS[args.target]):
+        log = folder / f'trial_{args.target}_{i}.jsonl'
+        command = [sys.executable, str(ROOT / 'airbench94_muon.py'), '--data', args.data]
+        command += ['--log', str(log), '--seed', str(args.seed), '--runs', '4']
+        command += ['--device', args.device, '--compile', 'False', *words]
+        if args.tiny:
+            command += ['--widths', f'({8 + 8 * i},8,8)', '--batch_size', '20', '--epochs', '1']
+        with open(log.with_suffix('.out'), 'w') as out:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(args), stdout=out, stderr=subprocess.STDOUT
+            )
+        processes.append((words, log, process))
+    for _, _, process in processes:
+        try:
+            process.wait(timeout=max(0, args.seconds - (time.monotonic() - start)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    pack(args)
+    for words, log, _ in processes:
+        lines = whole_lines(log)[1:] if log.exists() else []
+        runs = [json.loads(line) for line in lines]
+        values = [100 * run['tta_val_acc'] for run in runs if not run['diverged']]
+        mean = f'{statistics.fmean(values):.2f}' if values else 'none'
+        error = f' ± {statistics.stdev(values) / len(values) ** 0.5:.2f}' if values[1:] else ''
+        pflops = f', {runs[0]["pflops"]:.2f} PFLOPs' if runs else ''
+        print(f'{" ".join(words)}: {mean}{error} ({len(values)}){pflops}', flush=True)
+        if len(values) < 4:
+            for line in log.with_suffix('.out').read_text().splitlines()[-2:]:
+                print('    ' + line[:200], flush=True)
 
 
 # ---------------------------------------------- Search --------------------------------------------
@@ -429,7 +490,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('stage', choices=('bench', 'runs', 'search', 'probe'))
+    add('stage', choices=('bench', 'runs', 'trials', 'search', 'probe'))
     add('--out', type=Path, default=Path('gpu_out'))
     add('--seconds', type=float, default=400)
     add('--data', default='../shared/cifar10')
@@ -441,12 +502,16 @@ def main():
     add('--script', default='airbench94_muon')
     add('--variant', choices=VARIANTS, default='captured')
     add('--widths', type=int, nargs=3)
-    add('--target', choices=('94', '95'), default='94')
+    add('--target', choices=('94', '95', '96'), default='94')
     add('--processes', type=int, default=6)
     add('--runs', type=int, default=320)
     args = parser.parse_args()
     if args.stage == 'probe':
         probe(args)
+    elif args.stage == 'trials':
+        if args.target not in TRIALS:
+            parser.error(f'there are no trials for {args.target}: search instead')
+        trials(args)
     elif args.stage == 'search':
         search(args)
     else:

@@ -1,5 +1,5 @@
 """
-What the searches for 94% and 95% by Muon are to try next, and what came of it.
+What the searches for 94%, 95% and 96% by Muon are to try next, and what came of it.
 
     python results/search_94_muon/candidates.py queue 94 SEED RUNS >> QUEUE
     python results/search_94_muon/candidates.py effects 94 LOG
@@ -46,6 +46,11 @@ BASE_94 = R_94 | CHEAP | dict(stages=SIZES_22_26, early_pool=True, tail=[0.04, 0
 # W with 1.7 to 1.8 times the channels, and a compute that gives it W's 17 epochs
 # (results/search_95_muon).
 BASE_95 = BASE_94 | dict(budget=0.55, mids=[48, 256, 656], widths=[128, 512, 656])
+
+# W with 2.7 times the channels, for 30 epochs, and airbench96.py's augmentation.
+BASE_96 = BASE_94 | dict(
+    budget=2.2, mids=[48, 384, 1008], widths=[192, 768, 1008], translate=4, cutout=12
+)
 
 # What runs before seed 2050 had besides: of no use, or part of BASE_94 now.
 TRIED_94 = {
@@ -110,9 +115,20 @@ FACTORS_95 = {
 
 OF_R = TRIED_94 | {name: FACTORS_94[name] for name in FACTORS_94 if name not in WITHOUT}
 
+FACTORS_96 = {
+    # with a residual, as airbench96.py has it
+    'a third convolution in block 3': dict(extra=[0, 0, 1]),
+    'narrower, for more epochs': dict(mids=[48, 320, 832], widths=[160, 640, 832]),
+    'translation by 3': dict(translate=3),
+    'cutout 8': dict(cutout=8),
+    'Muon lr 0.18': dict(muon_lr=0.18),
+    'fewer easy images': FACTORS_94['fewer easy images'],
+}
+
 TARGETS = {
     '94': (BASE_94, FACTORS_94),
     '95': (BASE_95, FACTORS_95),
+    '96': (BASE_96, FACTORS_96),
     'R': (R_94, OF_R),  # of runs before seed 2050, only for `effects`
 }
 
@@ -220,7 +236,7 @@ def main():
     commands = parser.add_subparsers(dest='command', required=True)
     for name in ('queue', 'effects'):
         command = commands.add_parser(name)
-        command.add_argument('target', choices=('94', '95') if name == 'queue' else TARGETS)
+        command.add_argument('target', choices=('94', '95', '96') if name == 'queue' else TARGETS)
         if name == 'queue':
             command.add_argument('seed', type=int)
             command.add_argument('runs', type=int)
