@@ -553,19 +553,27 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum=0.6, normalize=True, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, normalize=normalize, dtype=dtype))
-        self.streams = {}  # by weight, see beside_others
 
     @torch.no_grad()
     def step(self):
+        is_recorded = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        streams = []
         for group in self.param_groups:
             for weight in group['params']:
-                if weight.grad is not None:
-                    with self.beside_others(weight):
-                        self.update(weight, group)
-        # What comes next waits for all of them.
-        for weight, stream in self.streams.items():
-            torch.cuda.current_stream(weight.device).wait_stream(stream)
-        self.streams.clear()
+                if weight.grad is None:
+                    continue
+                if not is_recorded:
+                    self.update(weight, group)
+                    continue
+                # In a CUDA graph each weight is updated on a stream of its own: all at once, as
+                # the products of a single one are too small to occupy a GPU.
+                stream = torch.cuda.Stream(weight.device)
+                stream.wait_stream(torch.cuda.current_stream(weight.device))
+                with torch.cuda.stream(stream):
+                    self.update(weight, group)
+                streams.append(stream)
+        for stream in streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def update(self, weight, group):
         state = self.state[weight]
@@ -578,21 +586,6 @@ class Muon(torch.optim.Optimizer):
         if group['normalize']:
             weight.div_(weight.norm() / len(weight)**0.5)
         weight.sub_(update.mul_(group['lr']))  # lr is a number, or a tensor on the device
-
-    @contextmanager
-    def beside_others(self, weight):
-        """
-        In a step that is recorded, each weight is updated on a stream of its own: all at once, as
-        the products of a single one are too small to occupy a GPU.
-        """
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            yield
-            return
-        stream = torch.cuda.Stream(weight.device)
-        stream.wait_stream(torch.cuda.current_stream(weight.device))
-        self.streams[weight] = stream
-        with torch.cuda.stream(stream):
-            yield
 
 
 def make_optimizer(net, h):

@@ -60,8 +60,13 @@ def test_variants(variant, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'path', sys.path[:])
     airbench94_muon.captured_steps.clear()
     airbench94_muon.compiled_net.cache_clear()
-    conv = airbench94_muon.Conv
-    monkeypatch.setattr(conv, 'forward', conv.forward)  # which captured-padded replaces
+    for place, name in (  # which variants replace
+        (airbench94_muon.Conv, 'forward'),
+        (airbench94_muon, 'convolve_small_maps'),
+        (torch.cuda, 'is_current_stream_capturing'),
+        (torch.backends.cudnn, 'benchmark_limit'),
+    ):
+        monkeypatch.setattr(place, name, getattr(place, name))
     words = ['gpu.py', 'probe', '--variant', variant, '--tiny', '--device', 'cpu']
     monkeypatch.setattr(sys, 'argv', words)
     gpu.main()

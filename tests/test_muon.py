@@ -423,7 +423,8 @@ def test_a_recorded_step_updates_each_weight_on_its_own_stream(monkeypatch):
     log = []
 
     class Stream:
-        def __init__(self, device=None):
+        def __init__(self, device='cpu'):
+            self.device = device
             self.name = f'stream {len(streams)}'
             streams.append(self)
 
