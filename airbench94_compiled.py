@@ -300,9 +300,9 @@ class MaxPool(torch.autograd.Function):
     """
     F.max_pool2d(x, 2), for torch.compile.
 
-    Of F.max_pool2d it makes a backward pass that looks up by computed indices, and that takes three
-    times as long on a GPU (results/airbench94_muon). Here each index is known beforehand: a value
-    gets the gradient if it is the one of its four that was the largest.
+    torch.compile's own backward pass of F.max_pool2d looks values up by computed indices. On an
+    H200 that takes three times as long as this (results/airbench94_muon): a value gets the gradient
+    if it was the largest of its four, the first one of equals.
     """
 
     @staticmethod
@@ -333,14 +333,16 @@ class MaxPool(torch.autograd.Function):
         return spread.contiguous(memory_format=torch.channels_last)
 
 
-def max_pool(x):
-    """Max-pooling of 2x2."""
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+def max_pool(x, own_gradient):
+    """Max-pooling of 2x2. own_gradient: by MaxPool, where a training is compiled."""
+    if own_gradient and torch.compiler.is_compiling() and torch.is_grad_enabled():
         return MaxPool.apply(x)
     return F.max_pool2d(x, 2)
 
 
 class Block(nn.Module):
+    own_gradient = False  # of the pool; compiled_net sets it
+
     def __init__(self, channels_in, channels_out, bn_momentum):
         super().__init__()
         self.conv1 = Conv(channels_in, channels_out)
@@ -349,7 +351,7 @@ class Block(nn.Module):
         self.norm2 = BatchNorm(channels_out, bn_momentum)
 
     def forward(self, x):
-        x = max_pool(self.conv1(x))
+        x = max_pool(self.conv1(x), self.own_gradient)
         x = F.gelu(self.norm1(x))
         x = self.conv2(x)
         x = F.gelu(self.norm2(x))
@@ -566,6 +568,9 @@ def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, de
             setattr(torch._dynamo.config, name, False)
     h = dict(widths=widths, bn_momentum=bn_momentum, scaling_factor=scaling_factor)
     net = net_class(h, num_classes, device, dtype)
+    for module in net.modules():
+        if isinstance(module, Block):
+            module.own_gradient = True
     eager = net.forward
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
 

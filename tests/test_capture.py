@@ -67,7 +67,7 @@ def test_captured_training_is_the_plain_one(module, tiny, uncompiled):
 
 @MODULES
 @pytest.mark.parametrize('height, width', [(6, 6), (7, 9), (3, 2)])
-def test_the_pool_for_compiling_is_pytorchs(module, height, width):
+def test_the_pool_for_compiling_is_pytorchs(module, height, width, monkeypatch):
     """Values and gradients, of equal values too, and of odd sizes; eager and compiled."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(5, (4, 8, height, width), generator=generator).float()
@@ -75,15 +75,23 @@ def test_the_pool_for_compiling_is_pytorchs(module, height, width):
     expected = F.max_pool2d(x, 2)
     grad = torch.randn(expected.shape, generator=generator)
     (of_x,) = torch.autograd.grad(expected, x, grad)
-    compiled = torch.compile(module.max_pool, fullgraph=True, dynamic=False, backend='aot_eager')
-    for pool in (module.MaxPool.apply, compiled, module.max_pool):
-        out = pool(x)
+
+    def own(x):
+        return module.max_pool(x, own_gradient=True)
+
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, backend='aot_eager')
+    for pool in (module.MaxPool.apply, compiled):
+        with monkeypatch.context() as patch:
+            patch.setattr(F, 'max_pool2d', lambda *args: torch.zeros(()))
+            out = pool(x)
         assert out.equal(expected) and torch.autograd.grad(out, x, grad)[0].equal(of_x)
 
 
 @MODULES
-def test_only_compiled_training_has_its_own_pool(module, monkeypatch):
-    """Compiled evaluation and everything else have PyTorch's."""
+def test_only_compiled_training_has_its_own_pool(module, monkeypatch, uncompiled):
+    """
+    Evaluation has PyTorch's, and so has what users compile: vmap for example does not know it.
+    """
     calls = []
     real = module.MaxPool.apply
 
@@ -93,8 +101,12 @@ def test_only_compiled_training_has_its_own_pool(module, monkeypatch):
 
     monkeypatch.setattr(module.MaxPool, 'apply', apply)
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    net = module.Net(module.hyp | dict(widths=(8, 16, 16)))
+    users = module.Net(module.hyp | dict(widths=(8, 16, 16)))
     images = torch.randn(4, 3, 32, 32)
+    users(images)
+    assert not calls
+    kind = module.Net, (8, 16, 16), 0.4, 1 / 9, 10, torch.device('cpu'), torch.float32
+    net = module.compiled_net(*kind)
     net(images)
     assert len(calls) == 3
     with torch.no_grad():

@@ -60,13 +60,15 @@ def test_variants(variant, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'path', sys.path[:])
     airbench94_muon.captured_steps.clear()
     airbench94_muon.compiled_net.cache_clear()
-    for place, name in (  # which variants replace
-        (airbench94_muon.Conv, 'forward'),
-        (airbench94_muon, 'convolve_small_maps'),
-        (torch.cuda, 'is_current_stream_capturing'),
-        (torch.backends.cudnn, 'benchmark_limit'),
-    ):
-        monkeypatch.setattr(place, name, getattr(place, name))
+    replaced = dict(  # by variants
+        forward=airbench94_muon.Conv,
+        convolve_small_maps=airbench94_muon,
+        is_current_stream_capturing=torch.cuda,
+        benchmark_limit=torch.backends.cudnn,
+    )
+    before = {name: getattr(place, name) for name, place in replaced.items()}
+    for name, place in replaced.items():
+        monkeypatch.setattr(place, name, before[name])
     words = ['gpu.py', 'probe', '--variant', variant, '--tiny', '--device', 'cpu']
     monkeypatch.setattr(sys, 'argv', words)
     gpu.main()
@@ -74,6 +76,15 @@ def test_variants(variant, monkeypatch, capsys):
     record = json.loads(line)
     assert record['variant'] == variant and record['losses'][-1] < record['losses'][0]
     assert 'ready' in gpu.summary_of(line)
+    changed = [name for name, place in replaced.items() if getattr(place, name) != before[name]]
+    expected = {
+        'captured-padded': 'forward',
+        'captured-small-maps': 'forward',
+        'captured-trimmed': 'convolve_small_maps',
+        'captured-one-stream': 'is_current_stream_capturing',
+        'captured-exhaustive': 'benchmark_limit',
+    }
+    assert changed == ([expected[variant]] if variant in expected else [])
     is_mode = variant in ('reduce-overhead', 'max-autotune-no-cudagraphs')
     assert modes == ([] if variant == 'eager' else [variant if is_mode else None])
 
@@ -88,8 +99,16 @@ def test_a_series_in_turn(tmp_path):
     assert lines[1].startswith('airbench94_muon_2: 0, ')
     out = logs(tmp_path, 'runs')
     runs = [json.loads(line) for line in out['logs/gpu_airbench94_muon.jsonl'].splitlines()]
-    assert [run['seed'] for run in runs] == [2000, 2000, 2001]
+    assert [run['seed'] for run in runs] == [5000, 5000, 5001]
     assert runs[0]['type'] == 'header' and all(run['ready_seconds'] > 0 for run in runs[1:])
+
+
+def test_a_second_bench_measures_again(tmp_path):
+    for _ in range(2):
+        done = run(tmp_path, 'bench', '--only', 'airbench94_muon_3', seconds=150)
+        assert done.returncode == 0 and done.stdout.startswith('airbench94_muon_3: 0, ')
+        assert ' n 3' in done.stdout
+        assert logs(tmp_path, 'bench')['logs/airbench94_muon_3.out'].count('seed ') == 3
 
 
 def test_trials_at_once(tmp_path):
@@ -107,8 +126,8 @@ def test_trials_at_once(tmp_path):
         assert [each['seed'] for each in runs] == [7, 8, 9, 10]
         mean = statistics.fmean(100 * each['tta_val_acc'] for each in runs)
         assert line.startswith(f'{" ".join(trial)}: {mean:.2f} ± ') and '(4), 0.00 PFLOPs' in line
-    done = run(tmp_path / 'other', 'trials', '--data', tmp_path / 'absent')
-    assert 'none (0)' in done.stdout and 'error: ' in done.stdout
+    done = run(tmp_path / 'other', 'trials', '--data', tmp_path / 'train.pt')
+    assert 'none (0)' in done.stdout and 'is a file' in done.stdout
     done = run(tmp_path, 'trials', '--target', '96')
     assert done.returncode == 2 and 'search instead' in done.stderr
 
