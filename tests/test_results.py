@@ -439,13 +439,26 @@ def test_what_is_said_of_the_trials_for_95():
     _, (run,) = summarize.read_logs([folder / 'translate3.jsonl'])
     learned = 100 * min(run['train_acc'][-2:])
     said = f'In the last two epochs of seed {run["seed"]} the last batch was learned to at least '
-    assert f'{said}{learned:.1f}%' in page
+    _, (wider,) = summarize.read_logs([folder / 'wider17.jsonl'])
+    too = 100 * min(wider['train_acc'][-2:])
+    also = f'in those of seed {wider["seed"]} to at least {too:.1f}%'
+    assert f'{said}{learned:.1f}%, {also}' in page
 
     _, (narrow,) = summarize.read_logs([folder / 'translate4.jsonl'])
     _, (wide,) = summarize.read_logs([folder / 'wide17.jsonl'])
     gain = 100 * (wide['tta_val_acc'] - narrow['tta_val_acc'])
     assert wide['pflops'] < narrow['pflops']
     assert f"17 epochs give {gain:.2f} points more than W's channels for 29.9 epochs" in page
+    loss = 100 * (wide['tta_val_acc'] - wider['tta_val_acc'])
+    mean = 100 * (wide['tta_val_acc'] + wider['tta_val_acc']) / 2
+    pflops = (wide['pflops'] + wider['pflops']) / 2
+    assert f"1.56 times W's channels gave {loss:.2f} points less than 1.33 times" in page
+    assert f'The mean of both is {mean:.2f} at {pflops:.2f} PFLOPs' in page
+    w = summarize.summarize(summarize.read_logs([RESULTS / 'airbench94_muon' / 'cpu.jsonl'])[1])
+    slope = (mean - 100 * w['mean']) / math.log(pflops / w['pflops'])
+    needed = pflops * math.exp((95 - mean) / slope)
+    assert f"W's {100 * w['mean']:.2f} at {w['pflops']:.2f}, over" in page
+    assert f'reaches 95.00 at {needed:.2f}: a guess' in page
     planned = re.findall(r"`--widths '(\([\d, ]+\))'` at ([\d.]+) PFLOPs", page)
     assert len(planned) == 2
     for widths, pflops in planned:
