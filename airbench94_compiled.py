@@ -300,9 +300,9 @@ class MaxPool(torch.autograd.Function):
     """
     F.max_pool2d(x, 2), for torch.compile.
 
-    torch.compile's own backward pass of F.max_pool2d looks values up by computed indices. On an
-    H200 that takes three times as long as this (results/airbench94_muon): a value gets the gradient
-    if it was the largest of its four, the first one of equals.
+    The backward pass that PyTorch 2.11 compiles for F.max_pool2d looks values up by computed
+    indices. On an H200 it takes three times as long as this one (results/airbench94_muon). Here a
+    value gets the gradient if it was the largest of its four, the first one of equals.
     """
 
     @staticmethod
