@@ -41,7 +41,8 @@ def main():
         '--epochs',
         type=float,
         default=16.0,
-        help='for the two subsets, and at most so many before (default: %(default)s)',
+        help='of the trainings on 60%% of the images; that on all images has as many, but at most '
+        f'{hyp["epochs"]} (default: %(default)s)',
     )
     parser.add_argument(
         '--log',

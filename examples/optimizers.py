@@ -3,7 +3,8 @@ SGD, Muon and AdamW on the network and the schedule of airbench94_muon.py.
 
 Trains with each in turn, so that what disturbs the machine disturbs all alike, and prints the mean
 accuracies with their 95% intervals. The logs are those of airbench94_muon.py, a file for each
-optimizer. The same command continues them.
+optimizer. The same command continues them. As they do not tell what an optimizer was, the folder
+also gets a copy of this program, and a changed program must have another folder.
 
     python examples/optimizers.py --data DIR --runs 50 --folder logs
 
@@ -12,6 +13,7 @@ you conclude anything. All other flags are passed on to airbench94_muon.py.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +46,18 @@ def adamw(net, h):
 OPTIMIZERS = {'sgd': sgd, 'muon': real_make_optimizer, 'adamw': adamw}
 
 
+def keep_source(folder):
+    """Copies this program to the folder. Raises ValueError if the folder has another version."""
+    source = Path(__file__).read_bytes()
+    copy = folder / 'optimizers.py'
+    if copy.exists() and copy.read_bytes() != source:
+        raise ValueError(f'{copy} differs from this program: name another --folder')
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f'optimizers.py.{os.getpid()}'  # as torchrun's processes write at once
+    part.write_bytes(source)
+    part.replace(copy)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,21 +70,28 @@ def main():
     args, passed_on = parser.parse_known_args()
     if args.runs < 1:
         parser.error(f'--runs must be at least 1, not {args.runs}')
-    logs = {name: args.folder / f'optimizer_{name}.jsonl' for name in OPTIMIZERS}
+    try:
+        keep_source(args.folder)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for runs in range(1, args.runs + 1):
         for name, make_optimizer in OPTIMIZERS.items():
             airbench94_muon.make_optimizer = make_optimizer
-            words = [*passed_on, '--log', str(logs[name]), '--runs', str(runs)]
+            log = args.folder / f'optimizer_{name}.jsonl'
+            words = [*passed_on, '--log', str(log), '--runs', str(runs)]
             if args.save:
                 words += ['--save', str(args.save / name)]
             sys.argv = ['airbench94_muon.py', *words]
             code = airbench94_muon.main()  # adds the run that the log lacks
             if code != 0:
                 return code
-    for name, log in logs.items():
-        _, logged = summarize.read_logs([log])
+    for name in OPTIMIZERS:
+        # torchrun's processes have a log each, optimizer_sgd.rank0.jsonl for example.
+        _, logged = summarize.read_logs(sorted(args.folder.glob(f'optimizer_{name}.*jsonl')))
         summary = summarize.summarize(logged)
         line = f'{name:6} n {summary["n"]}'
+        if summary['diverged'] > 0:
+            line += f', {summary["diverged"]} diverged'
         if summary['n'] > 1:
             low, high = summary['interval']
             line += f', mean {summary["mean"]:.4f}, its 95% interval {low:.4f} to {high:.4f}'

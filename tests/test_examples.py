@@ -116,6 +116,27 @@ def test_optimizers(tmp_path, monkeypatch, small, capsys):
               for name in ('sgd', 'muon', 'adamw')]  # fmt: skip
     assert len({loss for (loss,) in losses}) == 3  # of the second step, after one of each
 
+    # torchrun's second process, whose output goes nowhere, adds a run of its own.
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)  # put back afterwards
+    folder = tmp_path / 'ranks'
+    words = ['--runs', 2, '--seed', 10, '--folder', folder, *FLAGS]
+    assert run_example('optimizers', words, monkeypatch) == 0
+    header, runs = summarize.read_logs([folder / 'optimizer_adamw.rank1.jsonl'])
+    assert header['seed'] == 10 and [run['seed'] for run in runs] == [11]
+
+
+def test_a_changed_optimizer_needs_another_folder(tmp_path, monkeypatch, small, capsys):
+    """Its logs would not tell it from the one before, and nothing would be run."""
+    kept = tmp_path / 'optimizers.py'
+    source = (ROOT / 'examples' / 'optimizers.py').read_text()
+    kept.write_text(source.replace('lr=2e-3', 'lr=4e-3'))
+    words = ['--runs', 1, '--folder', tmp_path, *FLAGS]
+    assert run_example('optimizers', words, monkeypatch) == 2
+    assert f'{kept} differs from this program: name another --folder' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['optimizers.py']
+
 
 @pytest.mark.parametrize('name', ['ablations', 'optimizers'])
 def test_an_example_of_no_runs(name, tmp_path, monkeypatch, capsys):
