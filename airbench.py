@@ -47,12 +47,12 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
     """
     The network that a script wrote with --save, in evaluation mode. net.classes are its classes.
 
-    script: the module that has its Net, if that is not a script of airbench.
+    script: the module that has its Net, or its name, if that is not a script of airbench.
     device: where to put it.
     dtype: see Net (default: that of its training, but float32 for float16 on a CPU, where float16
         is several times slower).
 
-    Raises ValueError for another file, FileNotFoundError where there is none.
+    Raises ValueError for another file and another dtype, FileNotFoundError where there is no file.
     """
     try:
         saved = torch.load(file, map_location='cpu', weights_only=True)
@@ -67,13 +67,17 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
         if name not in SCRIPTS:
             raise ValueError(f'{file} is a network of {name}.py: import that, and say '
                              f'load_net(file, script={name})')
-        script = importlib.import_module(name)
+        script = name
+    if isinstance(script, str):
+        script = importlib.import_module(script)
     device = torch.device(device)
     if dtype is None:
         slow = trained_dtype == torch.float16 and device.type == 'cpu'
         dtype = torch.float32 if slow else trained_dtype
     elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f'dtype must be float32, float16 or bfloat16, not {dtype}')
     # Another version of a script can have another network, whose weights have the same shapes.
     known = getattr(script, 'hyp', hyperparameters)
     unknown = sorted(set(hyperparameters) - set(known))

@@ -190,8 +190,8 @@ class CifarLoader:
 
     Attributes can be replaced: images, float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,),
     by a subset for example; mean and std, three numbers each, by those of other data. For the
-    indices of a batch's images, let loader.labels = torch.arange(N), and look the labels up by
-    them. Raises ValueError for what does not fit together.
+    indices of a batch's images, let loader.labels = torch.arange(N, device=loader.labels.device),
+    and look the labels up by them. Raises ValueError for what does not fit together.
     """
 
     def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None,
@@ -467,8 +467,11 @@ def views_of(images, tta_level, mirror):
         two moved by one pixel, once down and right, once up and left.
     mirror: False leaves all mirror images out.
 
-    Returns pairs of a weight and a view. The weights add up to 1.
+    Returns pairs of a weight and a view. The weights add up to 1. Raises ValueError for another
+    level.
     """
+    if tta_level not in (0, 1, 2):
+        raise ValueError(f'tta_level must be 0, 1 or 2, not {tta_level!r}')
     views = [(1.0, images)]
     if tta_level == 2:
         padded = F.pad(images, (1,) * 4, mode='reflect')
@@ -530,8 +533,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         them, those of train_loader are taken.
 
     Nothing is evaluated if neither verbose nor callback asks for it. Call warmup first, once.
-    Raises TypeError for an unknown hyperparameter, ValueError for values and data that make no
-    sense, and FloatingPointError if the training diverges.
+    Raises TypeError for an unknown hyperparameter and another kind of net, ValueError for values
+    and data that make no sense, and FloatingPointError if the training diverges.
     """
     h = merge(overrides)
     if train_loader is None:
@@ -546,6 +549,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
             setattr(loader, key, overrides[key])
         h[key] = getattr(loader, key)
     if net is not None:
+        if not hasattr(net, 'whiten'):
+            raise TypeError(f'net must be a Net, not {type(net).__name__}')
         device = net.linear.weight.device
     # With its number: cuda becomes the current one, as cuda:0.
     device = torch.empty(0, device=device or loader.images.device).device
@@ -733,8 +738,8 @@ def check_loaders(train_loader, test_loader):
     """Raises TypeError for what is no loader. It may be that of another script."""
     for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
         if loader is not None and not hasattr(loader, 'normalize'):
-            raise TypeError(f'{name} must be a CifarLoader, as CifarLoader("cifar10") is, not '
-                            f'{type(loader).__name__}')
+            raise TypeError(f'{name} must be a CifarLoader, which has the batch size and the '
+                            f'augmentation too, not {type(loader).__name__}')
 
 
 def check_data(train_loader, test_loader):
@@ -1009,7 +1014,8 @@ def check_saved(file, recipe):
     except Exception:  # torch.load raises all kinds of errors for other files
         saved = None
     if saved != recipe:
-        raise ValueError(f'{file} is a network of another recipe: name another folder with --save')
+        raise ValueError(f'{file} is a network of another recipe or of other data: name another '
+                         'folder with --save')
 
 
 class Parser(argparse.ArgumentParser):
@@ -1133,7 +1139,7 @@ def main():
                 raise ValueError(f'{args.save} is a file: name a folder with --save')
             args.save.mkdir(parents=True, exist_ok=True)
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
-                          classes=train_loader.classes)
+                          classes=train_loader.classes, data=header['data'])
             has_net = {run['seed'] for run in runs + others if not run['diverged']}
             missing = []
             for seed in seeds:

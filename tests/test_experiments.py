@@ -179,7 +179,7 @@ def test_the_indices_of_a_batch(tiny):
     """As the docstring says: labels that are indices, and the labels by them."""
     loader = loader_of(airbench94, tiny, aug={})
     labels = loader.labels
-    loader.labels = torch.arange(len(labels))
+    loader.labels = torch.arange(len(labels), device=labels.device)
     for inputs, indices in loader:
         assert torch.equal(inputs, loader.normalize(loader.images[indices]))
         assert labels[indices].max() < 10

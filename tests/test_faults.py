@@ -95,11 +95,15 @@ def test_a_logged_run_without_its_network_is_said(main):
     assert os.listdir('nets') == ['airbench94-seed2.pt'] and logged_seeds() == [0, 1, 2]
 
 
-@pytest.mark.parametrize('change', ['recipe', 'seed', 'text'])
-def test_another_file_is_not_overwritten(main, change):
+@pytest.mark.parametrize('change', ['recipe', 'data', 'seed', 'text'])
+def test_another_file_is_not_overwritten(main, change, tmp_path):
     file = Path('nets/airbench94-seed1.pt')
     if change == 'recipe':
         assert main('--seed', 1, '--save', 'nets', '--lr', 10)[0] == 0
+    elif change == 'data':
+        for name, n in (('train', 110), ('test', 96)):
+            write_split(tmp_path / f'{name}.pt', n, seed=2)
+        assert main('--seed', 1, '--save', 'nets', '--data', tmp_path)[0] == 0
     elif change == 'seed':
         assert main('--seed', 0, '--save', 'nets')[0] == 0
         Path('nets/airbench94-seed0.pt').rename(file)
@@ -131,8 +135,10 @@ def test_a_network_of_a_copied_script(main, monkeypatch, tmp_path):
     file = 'nets/my94-seed0.pt'
     with pytest.raises(ValueError, match=r'load_net\(file, script=my94\)'):
         airbench.load_net(file)
-    net = airbench.load_net(file, script=my94)
-    assert type(net) is my94.Net
+    for script in (my94, 'my94'):
+        assert type(airbench.load_net(file, script=script)) is my94.Net
+    with pytest.raises(ValueError, match='dtype must be float32, float16 or bfloat16, not fp16'):
+        airbench.load_net(file, script=my94, dtype='fp16')
     with pytest.raises(ValueError, match='does not fit the network of airbench94_muon.py'):
         airbench.load_net(file, script=airbench94_muon)
 
@@ -380,6 +386,19 @@ def test_what_is_no_loader(loader, name, tiny):
         train(loader)
     with pytest.raises(TypeError, match=f'test_loader must be a CifarLoader.*not {name}'):
         train(CifarLoader(tiny, batch_size=50), loader)
+
+
+def test_what_is_no_network_of_these_scripts(tiny):
+    with pytest.raises(TypeError, match='net must be a Net, not Linear'):
+        train(CifarLoader(tiny, batch_size=50), net=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize('module', [airbench94, airbench94_muon], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('level', [-1, 3, '2'])
+def test_there_are_three_levels_of_test_time_augmentation(module, level, tiny):
+    net = module.Net(module.hyp | dict(widths=(8, 8, 8)))
+    with pytest.raises(ValueError, match=f'tta_level must be 0, 1 or 2, not {level!r}'):
+        module.evaluate(net, CifarLoader(tiny, train=False), tta_level=level)
 
 
 def test_folders_by_a_tilde_and_files_for_folders(main, tiny, tmp_path, monkeypatch):
