@@ -576,7 +576,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if verbose:
             print_row(row)
         stop = None if callback is None else callback(net, row)
-        if stop not in (None, False, True):  # by accident, as the count that file.write returns
+        if not isinstance(stop, (bool, type(None))):  # as the count that file.write returns
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
         return stop

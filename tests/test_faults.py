@@ -456,6 +456,9 @@ def test_a_callback_that_returns_something_else(tiny, tmp_path):
         train(CifarLoader(tiny, batch_size=50), epochs=2,
               callback=lambda net, row: file.write(f'after epoch {row["epoch"]:5}'),
               **SMALL)  # fmt: skip
+    with open(tmp_path / 'log', 'w') as file, pytest.raises(TypeError, match='None, or True .* 1'):
+        train(CifarLoader(tiny, batch_size=50), epochs=2,
+              callback=lambda net, row: file.write('.'), **SMALL)  # fmt: skip
 
 
 # A forker's mistakes, threads ---------------------------------------------------------------------
