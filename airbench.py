@@ -52,7 +52,7 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
     dtype: see Net (default: that of its training, but float32 for float16 on a CPU, where float16
         is several times slower).
 
-    Raises ValueError for another file and another dtype, FileNotFoundError where there is no file.
+    Raises ValueError for another file or dtype, FileNotFoundError where there is no file.
     """
     try:
         saved = torch.load(file, map_location='cpu', weights_only=True)

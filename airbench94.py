@@ -378,9 +378,9 @@ def make_optimizer(net, h):
     The loss is the sum over a batch, so h['lr'], which is for 1,024 images, is divided by 1,024.
 
     It is also divided by 1 + 1 / (1 - momentum). Where the gradient g stays the same, a step of
-    PyTorch's Nesterov SGD comes to lr * g / (1 - momentum). With the division it is nearly the
-    same for any momentum, so that lr and momentum can be tuned independently. The 1 in it is the
-    paper's, with which its hyperparameters were tuned.
+    PyTorch's Nesterov SGD comes to lr * g / (1 - momentum). With the division it is
+    lr * g / (2 - momentum), which differs little from 0.8 to 0.95, so that lr and momentum can be
+    tuned independently. The 1 in it is the paper's, with which its hyperparameters were tuned.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
     decay is divided by the group's lr: then a step decays the weights by the same share at any
@@ -514,7 +514,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         them, those of train_loader are taken.
 
     Nothing is evaluated if neither verbose nor callback asks for it. Call warmup first, once.
-    Raises TypeError for an unknown hyperparameter and another kind of net, ValueError for values
+    Raises TypeError for an unknown hyperparameter or another kind of net, ValueError for values
     and data that make no sense, and FloatingPointError if the training diverges.
     """
     h = merge(overrides)
@@ -576,7 +576,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if verbose:
             print_row(row)
         stop = None if callback is None else callback(net, row)
-        if not isinstance(stop, (bool, type(None))):  # as the count that file.write returns
+        # A number comes by accident, as the count that file.write returns. Mind that 1 == True.
+        if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
         return stop
@@ -753,6 +754,8 @@ def device_name(device):
     """As in 'NVIDIA H200' or, with the instruction set, 'AMD EPYC (AVX512-BF16)'."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
+    if device.type != 'cpu':
+        return f'{device.type} ({platform.machine()})'
     capabilities = cpu_capabilities()
     name = capabilities.get('cpu_name', 'CPU')
     sets = dict(amx_bf16='AMX', avx512_bf16='AVX512-BF16', avx512_f='AVX512', avx2='AVX2')

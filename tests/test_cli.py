@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import resource
 import shlex
@@ -472,6 +473,8 @@ def test_name_and_dtype_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'NVIDIA {device}')
     device = torch.device('cuda:3')
     assert device_name(device) == 'NVIDIA cuda:3' and default_dtype(device) == torch.float16
+    # A Mac's GPU does not have the name of its processor.
+    assert device_name(torch.device('mps')) == f'mps ({platform.machine()})'
 
 
 # What makes no sense ------------------------------------------------------------------------------

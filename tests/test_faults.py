@@ -459,6 +459,10 @@ def test_a_callback_that_returns_something_else(tiny, tmp_path):
     with open(tmp_path / 'log', 'w') as file, pytest.raises(TypeError, match='None, or True .* 1'):
         train(CifarLoader(tiny, batch_size=50), epochs=2,
               callback=lambda net, row: file.write('.'), **SMALL)  # fmt: skip
+    rows = []
+    train(CifarLoader(tiny, batch_size=50), epochs=2,
+          callback=lambda net, row: rows.append(row) or torch.tensor(True), **SMALL)  # fmt: skip
+    assert [row['epoch'] for row in rows] == [1, 'eval']  # as by accuracies.mean() > 0.9
 
 
 # A forker's mistakes, threads ---------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """results/gpu.py, tried on a CPU with tiny settings: its plans, its logs, what it skips."""
 
+import ast
 import importlib
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -109,6 +111,17 @@ def test_a_second_bench_measures_again(tmp_path):
         assert done.returncode == 0 and done.stdout.startswith('airbench94_muon_3: 0, ')
         assert ' n 3' in done.stdout
         assert logs(tmp_path, 'bench')['logs/airbench94_muon_3.out'].count('seed ') == 3
+
+
+def test_the_trials_for_95_keep_to_the_budget():
+    for words in gpu.TRIALS['95']:
+        changes = {
+            flag.removeprefix('--'): ast.literal_eval(value)
+            for flag, value in zip(words[::2], words[1::2], strict=True)
+        }
+        h = airbench94_muon.merge(changes)
+        steps = math.ceil(25 * h['epochs'])
+        assert airbench94_muon.count_pflops(h, steps, 10000, total_steps=steps) <= 0.70
 
 
 def test_trials_at_once(tmp_path):
