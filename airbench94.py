@@ -247,7 +247,7 @@ class CifarLoader:
         # each epoch after it. So every two epochs show both sides of all images.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
-        flip_mask = self.flip_mask
+        flip_mask = self.flip_mask.to(device)
         if self.altflip and self.epoch % 2 == 1:
             flip_mask = ~flip_mask
         self.epoch += 1
@@ -1161,6 +1161,8 @@ def main():
             print(json.dumps(run), file=log)
             runs.append(run)
     finally:
+        if world_size > 1:
+            print(f'These are the runs of rank 0, of {world_size} ranks:')
         print_summary(runs, header['synthetic'])
     return 0
 

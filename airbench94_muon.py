@@ -266,7 +266,7 @@ class CifarLoader:
         # each epoch after it. So every two epochs show both sides of all images.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
-        flip_mask = self.flip_mask
+        flip_mask = self.flip_mask.to(device)
         if self.altflip and self.epoch % 2 == 1:
             flip_mask = ~flip_mask
         self.epoch += 1
@@ -786,8 +786,9 @@ def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, de
     there in training than PyTorch's own.
     """
     # A size of the images, with the whitening bias trained or frozen, and a size of the batch in
-    # evaluation: each is compiled on its own. The limit is for all networks of the process.
-    torch._dynamo.config.cache_size_limit = 64
+    # evaluation: each is compiled on its own. A sweep over widths compiles many such networks.
+    torch._dynamo.config.cache_size_limit = 10_000
+    torch._dynamo.config.accumulated_cache_size_limit = 10_000
     # Before 2.12 PyTorch overlooks that the bias is frozen (its pull request 177158), and computes
     # a gradient for nothing, unless these are off.
     for name in ('skip_tensor_guards_with_matching_dict_tags',
@@ -1726,6 +1727,8 @@ def main():
             print(json.dumps(run), file=log)
             runs.append(run)
     finally:
+        if world_size > 1:
+            print(f'These are the runs of rank 0, of {world_size} ranks:')
         print_summary(runs, header['synthetic'])
     return 0
 

@@ -1062,6 +1062,10 @@ def test_two_ranks_one_of_them_killed(tiny, tmp_path):
         r'^seed \d*[02468]$', out, re.M
     )
     assert out.count('airbench94:') == 1 and out.count('tta_val_acc   mean') == 1
+    assert (
+        out.count(f'These are the runs of rank 0, of 2 ranks:\n{total // 2} runs, 0 diverged\n')
+        == 1
+    )
     runs = [read(path)[1] for path in logs]
     assert [[run['seed'] for run in of_rank] for of_rank in runs] == [
         list(range(3, 3 + total, 2)),

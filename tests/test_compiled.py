@@ -163,6 +163,34 @@ def test_one_compiled_network_however_the_device_is_named(tiny, monkeypatch):
     assert devices == 6 * [torch.device('cpu')] and len(nets) == 1
 
 
+def test_a_sweep_compiles_any_number_of_networks(monkeypatch):
+    """PyTorch limits how often a function is compiled, for an object and in all."""
+
+    class Small(torch.nn.Module):
+        def __init__(self, h, num_classes, device, dtype):
+            super().__init__()
+            self.whiten = torch.nn.Conv2d(3, 1, 1)
+
+        def forward(self, x):
+            return x + 1
+
+    real_compile = torch.compile
+    monkeypatch.setattr(
+        torch,
+        'compile',
+        lambda function, **options: real_compile(function, backend='eager', **options),
+    )
+    before = counters['stats']['unique_graphs']
+    h = 0.4, 1.0, 10, torch.device('cpu'), torch.float32
+    # Lower than PyTorch's own limits, to save time.
+    with torch._dynamo.config.patch(cache_size_limit=8, accumulated_cache_size_limit=20):
+        for width in range(1, 8):
+            net = compiled_net(Small, (width,), *h).eval()
+            for size in range(1, 11):
+                net(torch.zeros(size, width, 1, 1))
+    assert counters['stats']['unique_graphs'] == before + 70
+
+
 def test_no_compiler(tiny, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
     monkeypatch.setattr(airbench94_compiled.signal, 'signal', lambda number, handler: None)

@@ -74,6 +74,13 @@ def test_alternating_flip(tiny):
         assert torch.equal(inputs, epochs[0].flip(-1) if epoch % 2 else epochs[0])
 
 
+def test_a_loader_in_use_can_move_to_another_device(tiny):
+    loader = plain_loader(tiny, aug=dict(flip=True, translate=2))
+    epoch_of(loader)
+    loader.images, loader.labels = loader.images.to('meta'), loader.labels.to('meta')
+    assert {inputs.device.type for inputs, _ in loader} == {'meta'}
+
+
 def test_independent_flip(tiny):
     loader = plain_loader(tiny, aug=dict(flip=True), altflip=False)
     plain = loader.normalize(loader.images)
