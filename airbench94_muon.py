@@ -7,7 +7,8 @@ On that GPU the first start takes 112 s until the first run, as it compiles, and
 
 The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv
 2404.00498), called "the paper" below. Relative to airbench94.py:
-- Muon optimises the filters of the blocks, in batches of 2,000;
+- Muon optimises the filters of the blocks. Its hyperparameters, batches of 2,000, the biases' lr,
+  the weight decay and an lr without warm-up come from Jordan's own airbench94_muon.py;
 - most steps see the images reduced to 22 and 26 pixels;
 - the first block has 2x2 convolutions;
 - the first convolutions of blocks 1 and 2, before a pool, have fewer channels, all others more;
@@ -408,8 +409,7 @@ class Block(nn.Module):
     The first has at most twice the channels that come in. Where a pool follows it, it works on
     larger maps than the second, and costs more.
 
-    pool1: whether a pool follows the first convolution, before its norm.
-    pool2: whether a pool follows the second convolution, before its norm.
+    pool1, pool2: whether a pool follows the first, the second convolution, before its norm.
     """
 
     own_gradient = False  # of the pools; compiled_net sets it
@@ -437,7 +437,7 @@ class Block(nn.Module):
 
 class Net(nn.Module):
     """
-    From normalised images, (N, 3, 32, 32), to float32 (N, num_classes) logits.
+    From normalised images, (N, 3, size, size), to float32 (N, num_classes) logits.
 
     h: hyperparameters, of which it takes widths, bn_momentum and scaling_factor.
     dtype: float32; float16 for all but the BatchNorms, which stay float32; or bfloat16, which is
@@ -507,8 +507,8 @@ def init_whitening(net, images, eps=5e-4):
 # A Newton-Schulz step applies the polynomial a s + b s^3 + c s^5 to each singular value s. These
 # coefficients (K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024) make
 # it steep at 0, so that small values grow soon. The price is that it does not converge: after
-# three steps, values above 0.02 lie between 0.68 and 1.20. Jordan found that steps whose singular
-# values are that far from 1 train as well as exactly orthogonal ones.
+# three steps, as many as in Jordan's airbench94_muon.py, values above 0.02 lie between 0.68 and
+# 1.20, and smaller ones below that.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
 
@@ -548,14 +548,15 @@ class Muon(torch.optim.Optimizer):
     lr: the largest singular values of a step are 0.7 to 1.2 times lr, the smallest less.
     momentum: the share of the old gradients that is kept, from 0 to below 1.
     normalize: before each step, scale each weight tensor to the norm sqrt(out). This is for
-        weights before a BatchNorm, which cancels their norm. With a fixed norm, lr is the
-        relative size of a step.
+        weights before a BatchNorm, which cancels their norm. With a fixed norm, lr is roughly the
+        size of a step relative to the weights.
     dtype: of the matrix products. bfloat16 is precise enough, but slow on many CPUs. Momentum is
         kept in the dtype of the weights.
     """
 
     def __init__(self, params, lr, momentum=0.6, normalize=True, dtype=torch.bfloat16):
         super().__init__(params, dict(lr=lr, momentum=momentum, normalize=normalize, dtype=dtype))
+        self.streams = {}  # of a CUDA graph, by weight
 
     @torch.no_grad()
     def step(self):
@@ -569,8 +570,11 @@ class Muon(torch.optim.Optimizer):
                     self.update(weight, group)
                     continue
                 # In a CUDA graph each weight is updated on a stream of its own: all at once, as
-                # the products of a single one are too small to occupy a GPU.
-                stream = torch.cuda.Stream(weight.device)
+                # the products of a single one are too small to occupy a GPU. All graphs share
+                # these streams, as PyTorch has but 32, and hands them out in turn.
+                if weight not in self.streams:
+                    self.streams[weight] = torch.cuda.Stream(weight.device)
+                stream = self.streams[weight]
                 stream.wait_stream(torch.cuda.current_stream(weight.device))
                 with torch.cuda.stream(stream):
                     self.update(weight, group)
@@ -597,8 +601,7 @@ def make_optimizer(net, h):
     A list of two optimizers: for the biases and the head Nesterov SGD, and Muon for the filters of
     the blocks. SGD's hyperparameters are decoupled (the paper, appendix; D. Page, 2018).
 
-    muon_lr is not divided by anything, as the length of Muon's steps does not depend on that of
-    the gradients.
+    muon_lr is used as it is: the length of Muon's steps does not depend on the gradients'.
 
     The loss is the sum over a batch, so h['lr'], which is for 1,024 images, is divided by 1,024.
 
@@ -1123,8 +1126,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
         for inputs, labels in loader:
             size = image_size(step, total_steps, h)
-            # Small images cost little accuracy at first, and less than crops of the same size
-            # (results/search_94_muon).
+            # At first small images cost little, and less than crops do (results/search_94_muon).
             if size < 32:
                 inputs = resize(inputs, size)
             if h['compile']:
@@ -1134,8 +1136,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 for scheduler in schedulers:
                     scheduler.step()
             step += 1
-            # In the tail the average takes the noise of a constant lr out of the weights. Updates
-            # are counted back from the last step, so that it is followed by one.
+            # In the tail the average takes the noise of a constant lr out of the weights. The last
+            # update follows the last step. Before it there is one every lookahead_every steps.
             if step == tail:
                 lookahead_update(average, state, decay=0.0)  # the average begins as the network
             elif step > tail and (total_steps - step) % h['lookahead_every'] == 0:

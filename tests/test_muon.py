@@ -450,14 +450,21 @@ def test_a_recorded_step_updates_each_weight_on_its_own_stream(monkeypatch):
         weight.grad = torch.randn(4, 3)
         other.grad = weight.grad
     weights[1].grad = None
-    Muon(weights, lr=0.1, dtype=torch.float32).step()
+    muon = Muon(weights, lr=0.1, dtype=torch.float32)
+    muon.step()
     assert log == [
         *('stream 1 waits for stream 0', 'stream 1 begins', 'stream 1 ends'),
         *('stream 2 waits for stream 0', 'stream 2 begins', 'stream 2 ends'),
         *('stream 0 waits for stream 1', 'stream 0 waits for stream 2'),
     ]
+    # The next recording has the same streams. If it had new ones, the 32nd of them would be the
+    # recording's own, on which nothing else runs meanwhile.
+    muon.step()
+    assert log[8:] == log[:8]
     monkeypatch.undo()
-    Muon(others, lr=0.1, dtype=torch.float32).step()
+    muon = Muon(others, lr=0.1, dtype=torch.float32)
+    muon.step()
+    muon.step()
     assert weights[0].equal(others[0]) and weights[2].equal(others[2])
 
 
