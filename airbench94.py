@@ -422,9 +422,12 @@ def lookahead_update(average, state, decay):
     state: the network's own tensors, in the same order.
     decay: the share of the old average that is kept. At 1 the average stays as it is.
     """
-    for slow, fast in zip(average, state, strict=True):
-        slow.lerp_(fast, 1 - decay)
-        fast.copy_(slow)
+    # By dtype, as a GPU takes many tensors of one dtype in one launch.
+    for dtype in {tensor.dtype for tensor in state}:
+        slow = [tensor for tensor in average if tensor.dtype == dtype]
+        fast = [tensor for tensor in state if tensor.dtype == dtype]
+        torch._foreach_lerp_(slow, fast, 1 - decay)
+        torch._foreach_copy_(fast, slow)
 
 
 def train_step(net, optimizer, inputs, labels, label_smoothing):

@@ -476,9 +476,12 @@ def lookahead_update(average, state, decay):
     state: the network's own tensors, in the same order.
     decay: the share of the old average that is kept. At 1 the average stays as it is.
     """
-    for slow, fast in zip(average, state, strict=True):
-        slow.lerp_(fast, 1 - decay)
-        fast.copy_(slow)
+    # By dtype, as a GPU takes many tensors of one dtype in one launch.
+    for dtype in {tensor.dtype for tensor in state}:
+        slow = [tensor for tensor in average if tensor.dtype == dtype]
+        fast = [tensor for tensor in state if tensor.dtype == dtype]
+        torch._foreach_lerp_(slow, fast, 1 - decay)
+        torch._foreach_copy_(fast, slow)
 
 
 def train_step(net, optimizer, inputs, labels, label_smoothing):
@@ -643,6 +646,7 @@ class CapturedStep:
 
     def record_all(self, sizes, batch_size):
         """Records each kind of step that is new, on random images."""
+        self.net.train()  # the run before has left it in evaluation mode
         generator = torch.Generator().manual_seed(0)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
@@ -674,7 +678,7 @@ class CapturedStep:
 
     def record(self, inputs, labels):
         """Returns the memory for inputs and labels, and a function that replays a step on them."""
-        static_inputs = inputs.clone()
+        static_inputs = inputs.clone(memory_format=torch.channels_last)  # as the network has them
         static_labels = labels.clone()
 
         def step():

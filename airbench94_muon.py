@@ -615,7 +615,7 @@ def make_optimizer(net, h):
     lr. It still follows the lr's schedule.
 
     Any other optimizers of PyTorch can be returned, in a list; their lr follows the schedule. When
-    compiled on CUDA there are conditions, see CapturedStep. In float16 Adam gives NaN, as its eps
+    compiled there are conditions, see CapturedStep. In float16 Adam gives NaN, as its eps
     of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
     """
     scale = 1024 * (1 + 1 / (1 - h['momentum']))
@@ -667,9 +667,12 @@ def lookahead_update(average, state, decay):
     state: the network's own tensors, in the same order.
     decay: the share of the old average that is kept. At 1 the average stays as it is.
     """
-    for slow, fast in zip(average, state, strict=True):
-        slow.lerp_(fast, 1 - decay)
-        fast.copy_(slow)
+    # By dtype, as a GPU takes many tensors of one dtype in one launch.
+    for dtype in {tensor.dtype for tensor in state}:
+        slow = [tensor for tensor in average if tensor.dtype == dtype]
+        fast = [tensor for tensor in state if tensor.dtype == dtype]
+        torch._foreach_lerp_(slow, fast, 1 - decay)
+        torch._foreach_copy_(fast, slow)
 
 
 def image_size(step, total_steps, h):
@@ -871,6 +874,7 @@ class CapturedStep:
 
     def record_all(self, sizes, batch_size):
         """Records each kind of step that is new, on random images."""
+        self.net.train()  # the run before has left it in evaluation mode
         generator = torch.Generator().manual_seed(0)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
@@ -902,7 +906,7 @@ class CapturedStep:
 
     def record(self, inputs, labels):
         """Returns the memory for inputs and labels, and a function that replays a step on them."""
-        static_inputs = inputs.clone()
+        static_inputs = inputs.clone(memory_format=torch.channels_last)  # as the network has them
         static_labels = labels.clone()
 
         def step():

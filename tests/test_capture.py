@@ -134,6 +134,22 @@ def test_a_run_does_not_depend_on_those_before(module, tiny, uncompiled):
         assert torch.equal(weights_of(fresh), weights_of(net))
 
 
+@MODULES
+def test_every_recording_is_of_training(module, tiny, uncompiled, monkeypatch):
+    """Also that of other hyperparameters, after a run, which leaves the network in evaluation."""
+    modes = []
+    real_record = module.CapturedStep.record
+
+    def record(captured, *args):
+        modes.append(captured.net.training)
+        return real_record(captured, *args)
+
+    monkeypatch.setattr(module.CapturedStep, 'record', record)
+    for lr in (1, 2):
+        module.train(loader_of(module, tiny), lr=lr, epochs=1, compile=True, **SMALL)
+    assert modes == 4 * len(module.image_sizes(module.hyp)) * [True]
+
+
 class FakeGraphs:
     """
     torch.cuda as a recording needs it. As on CUDA, the kernels of a recording do not run in it,
@@ -455,9 +471,12 @@ for script in (airbench94_compiled, airbench94_muon):
         rows = []
         script.warmup(loader, compile=compile, widths=(16, 16, 16))
         for seed in (0, 1):
-            script.train(loader, seed=seed, epochs=2, whiten_bias_epochs=1, widths=(16, 16, 16),
-                         verbose=False, compile=compile, lr=script.hyp['lr'] / 10,
-                         callback=lambda net, row: rows.append(row.get('train_loss')))
+            net = script.train(loader, seed=seed, epochs=2, whiten_bias_epochs=1,
+                               widths=(16, 16, 16), verbose=False, compile=compile,
+                               lr=script.hyp['lr'] / 10,
+                               callback=lambda net, row: rows.append(row.get('train_loss')))
+            # BatchNorm counts the batches, in a replay too, but only in training mode.
+            assert net.blocks[0].norm1.num_batches_tracked == 2 * len(loader)
         losses[compile] = torch.tensor([loss for loss in rows if loss])
     assert torch.allclose(losses[False], losses[True], rtol=0.05), losses
     (step,) = script.captured_steps.values()
@@ -472,7 +491,7 @@ for script in (airbench94_compiled, airbench94_muon):
 
 def test_captured_steps_on_cuda(tiny):
     done = subprocess.run([sys.executable, '-c', ON_CUDA, tiny], cwd=ROOT, env=CUDA_ENVIRONMENT,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True, timeout=140)  # fmt: skip
     if done.returncode == 77:
         pytest.skip('needs CUDA')
     assert done.returncode == 0, done.stderr
