@@ -49,8 +49,8 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
 
     script: the module that has its Net, or its name, if that is not a script of airbench.
     device: where to put it.
-    dtype: see Net (default: that of its training, but float32 for float16 on a CPU, where float16
-        is several times slower).
+    dtype: see Net (default: that of its training, but float32 on a Mac's GPU, and for float16 on a
+        CPU, where float16 is several times slower).
 
     Raises ValueError for another file or dtype, FileNotFoundError where there is no file.
     """
@@ -73,7 +73,9 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
     device = torch.device(device)
     if dtype is None:
         slow = trained_dtype == torch.float16 and device.type == 'cpu'
-        dtype = torch.float32 if slow else trained_dtype
+        # On a Mac's GPU the process can end where BatchNorm and its inputs differ in dtype
+        # (PyTorch's issue 154887).
+        dtype = torch.float32 if slow or device.type == 'mps' else trained_dtype
     elif isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -194,7 +194,7 @@ class CifarLoader:
     def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None,
                  shuffle=None, altflip=True, device=None):
         self.path = str(path or os.environ.get('AIRBENCH_DATA') or 'cifar10')
-        device = device or DEVICE
+        device = DEVICE if device is None else device
         data = load_split(self.path, train)
         self.sha256 = {
             key: hashlib.sha256(data[key].contiguous().numpy()).hexdigest()
@@ -755,7 +755,7 @@ def one_at_a_time(train):
             return train(*args, **options)
         if not lock.acquire(blocking=False):
             raise RuntimeError('the process has one compiled network, and it is in training: '
-                               'use processes, or compile=False')
+                               'use processes or, on a CPU, compile=False')
         try:
             return train(*args, **options)
         finally:
@@ -821,8 +821,10 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if not hasattr(net, 'whiten'):
             raise TypeError(f'net must be a Net, not {type(net).__name__}')
         device = net.linear.weight.device
+    elif device is None:
+        device = loader.images.device
     # With its number: cuda becomes the current one, as cuda:0.
-    device = torch.empty(0, device=device or loader.images.device).device
+    device = torch.empty(0, device=device).device
     evaluates = verbose or callback is not None
     if evaluates and test_loader is None:
         test_loader = CifarLoader(loader.path, train=False, device=device)
@@ -962,7 +964,10 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     if train_loader is None:
         train_loader = CifarLoader(batch_size=hyp['batch_size'], aug=hyp['aug'], device=device)
     loader = copy.copy(train_loader)
-    n = 3 * overrides.get('batch_size', loader.batch_size)
+    batch_size = overrides.get('batch_size', loader.batch_size)
+    n = 3 * batch_size
+    if not loader.drop_last:
+        n += len(loader.images) % batch_size  # the last batch of an epoch is smaller
     loader.images = loader.images[:n]
     loader.labels = loader.labels[:n]
     if test_loader is None:
@@ -972,10 +977,11 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     test_loader.images = test_loader.images[:n]
     test_loader.labels = test_loader.labels[:n]
     # An epoch with the bias trained, an epoch with it frozen. A recorded step holds the weight
-    # decay, which depends on lr, and so must have the lr of the run. Else the lr is a safe one.
+    # decay, which is divided by lr, and so must have the lr of the run. Else the lr is a safe one,
+    # without weight decay, which would exceed what float16 holds.
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
-        overrides |= dict(lr=1e-3)
+        overrides |= dict(lr=1e-3, weight_decay=0)
     with suppress(FloatingPointError):  # if it diverges, the run itself is to say so
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,
               callback=lambda net, row: None, **overrides)
@@ -1472,7 +1478,8 @@ def main():
           flush=True)
     # A network whose compute cannot be counted is to fail now, and not after its training.
     count_pflops(h, 1, 1, len(train_loader.classes))
-    warmup(train_loader, test_loader, dtype=dtype, **h)
+    if not done.issuperset(seeds):
+        warmup(train_loader, test_loader, dtype=dtype, **h)
     ready_seconds = time.perf_counter() - START_TIME
     try:
         for seed in seeds:

@@ -491,7 +491,7 @@ for script in (airbench94_compiled, airbench94_muon):
 
 def test_captured_steps_on_cuda(tiny):
     done = subprocess.run([sys.executable, '-c', ON_CUDA, tiny], cwd=ROOT, env=CUDA_ENVIRONMENT,
-                          capture_output=True, text=True, timeout=140)  # fmt: skip
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
     if done.returncode == 77:
         pytest.skip('needs CUDA')
     assert done.returncode == 0, done.stderr

@@ -172,6 +172,21 @@ def test_device_and_dtype_of_a_loaded_network(tmp_path):
             airbench.load_net(tmp_path / 'net.pt', device='cuda')
 
 
+def test_a_network_on_a_macs_gpu_is_float32(tmp_path, monkeypatch):
+    h = airbench94.hyp | dict(widths=(8, 8, 8))
+    recipe = dict(script='airbench94', hyperparameters=h, dtype='float16', classes=['x'] * 10)
+    airbench94.save_net(airbench94.Net(h), tmp_path / 'net.pt', recipe)
+    found = []
+
+    def make_net(h, num_classes, device, dtype):
+        found.append((device.type, dtype))
+        return airbench94.Net(h, num_classes)
+
+    script = SimpleNamespace(__name__='airbench94', Net=make_net)
+    airbench.load_net(tmp_path / 'net.pt', script, device='mps')
+    assert found == [('mps', torch.float32)]
+
+
 def test_a_diverged_run_has_no_network_to_be_missed(main):
     assert main('--scaling_factor', 1e90, '--save', 'nets')[0] == 0
     code, _, err = main('--scaling_factor', 1e90, '--save', 'nets')

@@ -467,13 +467,15 @@ def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatc
     train_loader = airbench94_muon.CifarLoader('synthetic', batch_size=500, device='cpu')
     net = airbench94_muon.train(train_loader, widths=h['widths'], epochs=1, seed=1, verbose=False)
     loader = airbench94_muon.CifarLoader('synthetic', train=False, device='cpu')
-    torch.save(dict(hyperparameters=h, state_dict=net.state_dict()), tmp_path / 'net.pt')
+    saved = dict(hyperparameters=h, state_dict=net.state_dict(), seed=1)
+    torch.save(saved, tmp_path / 'net.pt')
     program = str(RESULTS / 'search_95_muon' / 'views.py')
-    monkeypatch.setattr('sys.argv', [program, str(tmp_path / 'net.pt'), 'synthetic'])
+    monkeypatch.setattr('sys.argv', [program, 'synthetic', *[str(tmp_path / 'net.pt')] * 2])
     monkeypatch.setattr('sys.path', list(sys.path))
     runpy.run_path(program, run_name='__main__')
     rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
-    assert len(rows) == 1 + 4 * 3 * 3
+    assert len(rows) == 2 * (1 + 4 * 3 * 3) and rows[37:] == rows[:37]
+    assert {row['seed'] for row in rows} == {1}
     found = {(row['views'], row.get('share'), row.get('weight')): row['accuracy'] for row in rows}
     expected = [airbench94_muon.evaluate(net, loader, level) for level in (1, 2)]
     own = found['the image and its mirror image', None, None], found['one pixel', 0.125, 2]

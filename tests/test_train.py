@@ -296,6 +296,7 @@ def test_warmup_on_a_device_trains_on_a_few_batches(tiny, monkeypatch):
     assert (
         options['lr'] < 0.01 and options['bn_momentum'] == 0.3 and options['dtype'] == torch.float16
     )
+    assert options['weight_decay'] == 0  # it is divided by the lr
     assert options['test_loader'] is test_loader
     assert options.get('net') is options.get('seed') is None
     assert len(loader.images) == len(loader.labels) == 1100 and len(test_loader.images) == 10_500
@@ -331,6 +332,23 @@ def test_warmup_has_the_loaders_batch_size(tiny, monkeypatch, batch_size):
     )
     trained, _ = trained_by_warmup(monkeypatch, loader, CifarLoader(tiny, False, device='meta'))
     assert len(trained) == min(3, len(loader)) and trained.batch_size == batch_size
+
+
+def test_warmup_sees_the_smaller_last_batch(tiny, monkeypatch):
+    options = dict(aug=hyp['aug'], device='meta')
+    loader = CifarLoader(tiny, True, 200, drop_last=False, **options)
+    trained, _ = trained_by_warmup(monkeypatch, loader, batch_size=300)
+    assert [len(labels) for labels in trained.labels.split(300)] == [300, 300, 300, 200]
+
+
+def test_device_0_is_a_gpu(tiny):
+    if torch.cuda.is_available():
+        assert CifarLoader(tiny, device=0).images.device == torch.device('cuda:0')
+        return
+    with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA|accelerator'):
+        CifarLoader(tiny, device=0)
+    with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA|accelerator'):
+        train(tiny_loader(tiny), device=0)
 
 
 def test_the_first_losses_on_the_real_data(real, monkeypatch):

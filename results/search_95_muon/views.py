@@ -1,13 +1,13 @@
 """
-What other test-time augmentation would give a trained network of airbench94_muon.py.
+What other test-time augmentation would give trained networks of airbench94_muon.py.
 
-    python results/search_95_muon/views.py NETWORK DATA > LOG
+    python results/search_95_muon/views.py DATA NETWORK [NETWORK ...] > LOG
 
-NETWORK is a file that --save has written, DATA the folder of CIFAR-10. All views come with their
-mirror images. First each image gets logits from the image as it is. Then the share of the images
-that are least sure gets other views too. Their logits are the mean over these views and the image
-as it is, which counts `weight` times. The script's own test-time augmentation is `one pixel`, a
-share of 0.125 and a weight of 2.
+DATA is the folder of CIFAR-10, each NETWORK a file that --save has written. All views come with
+their mirror images. First each image gets logits from the image as it is. Then the share of the
+images that are least sure gets other views too. Their logits are the mean over these views and the
+image as it is, which counts `weight` times. The script's own test-time augmentation is `one pixel`,
+a share of 0.125 and a weight of 2.
 """
 
 import json
@@ -54,24 +54,26 @@ KINDS = {
 }
 
 
+def load_net(file):
+    """The network and the seed of its training."""
+    saved = torch.load(file, weights_only=True)
+    net = airbench94_muon.Net(saved['hyperparameters'])
+    net.load_state_dict(saved['state_dict'])
+    return net.eval(), saved['seed']
+
+
 @torch.no_grad()
 def mirrored_logits(net, images):
     """The mean of the logits of each image and its mirror image."""
     return torch.cat([net(batch) + net(batch.flip(-1)) for batch in images.split(1000)]) / 2
 
 
-def main():
-    network, folder = sys.argv[1:]
-    saved = torch.load(network, weights_only=True)
-    airbench94_muon.set_up_process(torch.device('cpu'))
-    net = airbench94_muon.Net(saved['hyperparameters'])
-    net.load_state_dict(saved['state_dict'])
-    net.eval()
-    loader = airbench94_muon.CifarLoader(folder, train=False, device='cpu')
+def try_views(net, seed, loader):
+    """Prints a line for each kind of views, share and weight."""
 
     def report(logits, **row):
         accuracy = (logits.argmax(1) == loader.labels).float().mean().item()
-        print(json.dumps(row | dict(accuracy=round(accuracy, 4))), flush=True)
+        print(json.dumps(dict(seed=seed, **row, accuracy=round(accuracy, 4))), flush=True)
 
     plain = mirrored_logits(net, loader.normalize(loader.images))
     report(plain, views='the image and its mirror image')
@@ -88,6 +90,15 @@ def main():
                 mean = (weight * plain[unsure] + total) / (weight + len(views))
                 logits[unsure[:n]] = mean[:n]
                 report(logits, views=name, share=share, weight=weight)
+
+
+def main():
+    folder, *networks = sys.argv[1:]
+    airbench94_muon.set_up_process(torch.device('cpu'))
+    loader = airbench94_muon.CifarLoader(folder, train=False, device='cpu')
+    for network in networks:
+        net, seed = load_net(network)
+        try_views(net, seed, loader)
 
 
 if __name__ == '__main__':
