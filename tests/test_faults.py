@@ -480,6 +480,17 @@ def test_a_callback_that_returns_something_else(tiny, tmp_path):
     assert [row['epoch'] for row in rows] == [1, 'eval']  # as by accuracies.mean() > 0.9
 
 
+def test_a_finished_series_is_summed_up_without_a_warm_up(main, monkeypatch):
+    """Which compiles in other scripts, for minutes."""
+    code, out, _ = main('--runs', 1)
+    monkeypatch.setattr(airbench94, 'warmup', None)
+    code_again, again, _ = main('--runs', 1)
+    assert code == code_again == 0
+    assert again.splitlines()[-3:] == out.splitlines()[-3:]
+    with pytest.raises(TypeError):
+        main('--runs', 2)
+
+
 # A forker's mistakes, threads ---------------------------------------------------------------------
 
 
