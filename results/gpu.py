@@ -311,6 +311,7 @@ def runs_plan(args):
 # tile; for 95%, more of them, and what may keep these from learning the images by heart. What has
 # been tried so far is in search_95_muon/README.md.
 TRANSLATE_3 = ['--aug', '{"flip": True, "translate": 3}']
+LARGER_STAGES = ('--sizes', '((24, 0.3), (28, 0.6))')
 TRIALS = {
     '94': [
         ['--widths', '(64, 256, 384)', '--epochs', '20'],
@@ -321,7 +322,7 @@ TRIALS = {
         ['--widths', '(96, 384, 512)'],
         ['--widths', '(96, 384, 512)', '--epochs', '24', *TRANSLATE_3],
         ['--widths', '(112, 448, 576)', '--epochs', '22', *TRANSLATE_3],
-        ['--widths', '(128, 512, 656)', *TRANSLATE_3],
+        ['--widths', '(96, 384, 512)', '--epochs', '24', *TRANSLATE_3, *LARGER_STAGES],
         ['--widths', '(112, 448, 576)', '--epochs', '28', *TRANSLATE_3],
     ],
 }

@@ -453,13 +453,42 @@ def test_what_is_said_of_the_trials_for_95():
     first, second, third = (f'{100 * run["tta_val_acc"]:.2f}' for run in (wide, wider, widest))
     assert f"1.78 times W's channels gave {first}, {second} and {third} in single runs" in page
 
-    views = list(map(json.loads, open(folder / 'views.json')))
-    moved = [100 * row['accuracy'] for row in views if 'one pixel' in row['views']]
-    moved += [100 * row['accuracy'] for row in views if 'two pixels' in row['views']]
-    resized = [100 * row['accuracy'] for row in views if 'resized' in row['views']]
-    own = 100 * narrow['tta_val_acc']
-    said = f'weights give {min(moved):.2f} to {max(moved):.2f}, after {own:.2f}'
-    assert f'{said}, and images resized to 30 and 34 pixels at most {max(resized):.2f}' in page
+    _, (longer,) = summarize.read_logs([folder / 'wide24.jsonl'])
+    assert f'3 gave {100 * longer["tta_val_acc"]:.2f} in a single run, after {first}' in page
+
+
+def test_what_is_said_of_other_views_for_95():
+    folder = RESULTS / 'search_95_muon'
+    page = ' '.join((folder / 'README.md').read_text().split())
+    accuracies = {}
+    for line in open(folder / 'views.json'):
+        row = json.loads(line)
+        way = row['views'], row.get('share'), row.get('weight')
+        accuracies.setdefault(way, {})[row['seed']] = 100 * row['accuracy']
+    own = accuracies['one pixel', 0.125, 2]
+    logs = [
+        folder / f'{name}.jsonl' for name in 'translate4 wide17 wider17 widest17 wide24'.split()
+    ]
+    for log, (seed, accuracy) in zip(logs, own.items(), strict=True):
+        _, (run,) = summarize.read_logs([log])
+        assert run['seed'] == seed and accuracy == pytest.approx(
+            100 * run['tta_val_acc'], abs=0.011
+        )
+    gains = {
+        way: [accuracy[seed] - own[seed] for seed in own] for way, accuracy in accuracies.items()
+    }
+    means = {way: statistics.fmean(gain) for way, gain in gains.items()}
+    assert len(means) == 37
+    best = max(means, key=means.get)
+    assert best[:2] == ('up to two pixels', 0.2)
+    error = statistics.stdev(gains[best]) / 5**0.5
+    assert f'It gives {means[best]:.2f} ± {error:.2f} points more than' in page
+    assert max(own, key=lambda seed: accuracies[best][seed] - own[seed]) == 805
+    assert f'translation by 3: {accuracies[best][805]:.2f} after {own[805]:.2f}' in page
+    along = [mean for way, mean in means.items() if way[0] == 'one pixel along an axis']
+    resized = max(mean for way, mean in means.items() if 'resized' in way[0])
+    said = f'along one axis give {min(along):.2f} to {max(along):.2f}, images resized to 30 and 34'
+    assert f'{said} pixels at most {resized:.2f} (' in page
 
 
 def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatch, capsys):
