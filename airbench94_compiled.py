@@ -978,7 +978,7 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     test_loader.labels = test_loader.labels[:n]
     # An epoch with the bias trained, an epoch with it frozen. A recorded step holds the weight
     # decay, which is divided by lr, and so must have the lr of the run. Else the lr is a safe one,
-    # without weight decay, which would exceed what float16 holds.
+    # and there is no weight decay: divided by this lr, it could exceed what float16 holds.
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
         overrides |= dict(lr=1e-3, weight_decay=0)

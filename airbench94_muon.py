@@ -409,7 +409,8 @@ class Block(nn.Module):
     The first has at most twice the channels that come in. Where a pool follows it, it works on
     larger maps than the second, and costs more.
 
-    pool1, pool2: whether a pool follows the first, the second convolution, before its norm.
+    pool1: whether a pool follows the first convolution, before its norm.
+    pool2: whether a pool follows the second convolution, before its norm.
     """
 
     own_gradient = False  # of the pools; compiled_net sets it
@@ -508,7 +509,7 @@ def init_whitening(net, images, eps=5e-4):
 # coefficients (K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024) make
 # it steep at 0, so that small values grow soon. The price is that it does not converge: after
 # three steps, as many as in Jordan's airbench94_muon.py, values above 0.02 lie between 0.68 and
-# 1.20, and smaller ones below that.
+# 1.20, and smaller ones lower. He found that values from 0.5 to 1.5 train as well as 1.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 3
 
@@ -1209,7 +1210,7 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
         test_loader = CifarLoader(train_loader.path, train=False, device=device)
     # An epoch with the bias trained, an epoch with it frozen. A recorded step holds the weight
     # decay, which is divided by lr, and so must have the lr of the run. Else the lr is a safe one,
-    # without weight decay, which would exceed what float16 holds.
+    # and there is no weight decay: divided by this lr, it could exceed what float16 holds.
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
         overrides |= dict(lr=1e-3, weight_decay=0)

@@ -666,8 +666,8 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
         n += len(loader.images) % batch_size  # the last batch of an epoch is smaller
     loader.images = loader.images[:n]
     loader.labels = loader.labels[:n]
-    # An epoch with the bias trained, an epoch with it frozen. The lr is a safe one, without weight
-    # decay, which is divided by lr and would exceed what float16 holds.
+    # An epoch with the bias trained, an epoch with it frozen. The lr is a safe one. There is
+    # no weight decay: divided by this lr, it could exceed what float16 holds.
     overrides |= dict(epochs=2, whiten_bias_epochs=1, lr=1e-3, weight_decay=0)
     with suppress(FloatingPointError):  # if it diverges, the run itself is to say so
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,

@@ -311,7 +311,7 @@ def runs_plan(args):
 # tile; for 95%, more of them, and what may keep these from learning the images by heart. What has
 # been tried so far is in search_95_muon/README.md.
 TRANSLATE_3 = ['--aug', '{"flip": True, "translate": 3}']
-LARGER_STAGES = ('--sizes', '((24, 0.3), (28, 0.6))')
+LARGER_STAGES = ['--sizes', '((24, 0.3), (28, 0.6))']
 TRIALS = {
     '94': [
         ['--widths', '(64, 256, 384)', '--epochs', '20'],
