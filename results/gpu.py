@@ -1,34 +1,43 @@
 """
-A quarter of an hour on a GPU: what a step waits for, the timed series, and a search. Four stages:
+For a quarter of an hour on a GPU: what a step waits for, the timed series, trials of widths, a
+search. bench, runs and a search are each a loan's worth, with the start of the machine; the trials
+go beside a search. No command takes ten minutes:
 
-    python results/gpu.py bench --out DIR --seconds 350                # needs no data
-    python results/gpu.py runs --out DIR --seconds 300 --data FOLDER   # the real data
-    python results/gpu.py trials --out DIR --seconds 120 --data FOLDER --target 95 --seed 840
-    python results/gpu.py search --out DIR --seconds 150 --data FOLDER --target 96 --seed 9600
+    python results/gpu.py bench --out DIR --seconds 570                # needs no data
+    python results/gpu.py runs --out DIR --seconds 570 --data FOLDER   # the real data
+    python results/gpu.py trials --out DIR --seconds 150 --data FOLDER --target 95 --seed 840
+    python results/gpu.py search --out DIR --seconds 420 --data FOLDER --target 96 --seed 9600
 
-The first two are lists of commands, the most important first. One that would not fit into the
-seconds that are left is skipped. After each of them all output and all logs are in DIR/bench.tar or
-DIR/runs.tar. bench trains on random images, which take as long as others. Work and compile caches
-are in --work, where the second call finds those of the first. With --only NAME just the commands
-whose names contain it are run; with --tiny networks and batches are tiny, to try the program on a
-CPU.
+bench and runs are lists of commands, the most important first. One that would not fit into the
+seconds that are left is skipped. The 570 seconds are enough for bench up to the tests on CUDA, and
+for both turns of runs, should each command take as long as it may. After each command all output
+and all logs are in DIR/bench.tar or DIR/runs.tar. bench trains on random images, which take as
+long as others. Work and compile caches are in --work, where a second call on the same machine finds
+those of the first. With --only NAME just the commands whose names contain it are run; with --tiny
+networks and batches are tiny, to try the program on a CPU.
 
 On the H200 airbench94_muon.py took 112 seconds until its first run, as it compiled, and for other
 widths it has to compile anew. So trials of other widths do not compile: they run at once, one
 process for each, as times are not asked for, and their accuracies are printed.
 
 The search trains what search_94_muon/candidates.py has for --target, --processes at a time, and is
-stopped when its seconds are over. All runs that ended are in DIR/search.tar, and it prints what
-each change added to the accuracy.
+stopped when its seconds are over. It prints what each change added to the accuracy, for which there
+must be two more runs than changes. For 96% a run has 2.2 PFLOPs, and six at a time take 91 seconds
+at 145 TFLOP/s: 420 seconds are for 24 runs, and 8 are needed. For 95% 18 are needed, of 0.45.
 
-A probe (python results/gpu.py probe --script airbench94_muon --variant captured) times 20 steps of
-training on random images at each size and profiles five. It prints a line of JSON.
+All runs of trials and search that ended are in DIR/trials.tar or DIR/search.tar. These are written
+anew every 15 seconds, as the program may be killed. SIGTERM ends it, and what it has started.
+
+A probe (python results/gpu.py probe --script airbench94_muon --variant captured) times seven times
+20 steps of training on random images at each size and profiles five. It prints the median and the
+range of the seven in a line of JSON. On a CPU, where it only has to work, it does less.
 """
 
 import argparse
 import importlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +52,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 ROOT = Path(__file__).resolve().parent.parent
+PACK_SECONDS = 15
 # How a step is run. In captured-unnormalized Muon leaves the norms of the filters alone, which
 # bounds what there is to gain by scaling them in every eighth step only. In captured-padded
 # airbench94_muon.py convolves small maps and maps before a pool as PyTorch does, zeros included; in
@@ -114,13 +124,24 @@ def make_step(module, variant, h, device, dtype):
     return captured.net, lambda inputs, labels: captured(inputs, labels, 1.0)
 
 
-def profile(step, inputs, labels, device, ms):
+def time_block(step, inputs, labels, device, n_steps):
+    """Milliseconds of a step, and those that the host takes to launch it."""
+    begin = time.perf_counter()
+    for _ in range(n_steps):
+        step(inputs, labels)
+    host_seconds = time.perf_counter() - begin
+    synchronize(device)
+    seconds = time.perf_counter() - begin
+    return 1000 * seconds / n_steps, 1000 * host_seconds / n_steps
+
+
+def profile(step, inputs, labels, device, ms, n_steps):
     """How many kernels a step has, the share of its time that they take, the longest 60."""
     activities = [ProfilerActivity.CPU]
     if device.type == 'cuda':
         activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as prof:
-        for _ in range(5):
+        for _ in range(n_steps):
             step(inputs, labels)
         synchronize(device)
     on_gpu = [
@@ -135,9 +156,12 @@ def profile(step, inputs, labels, device, ms):
 
     longest = sorted(events, key=total, reverse=True)[:60]
     return dict(
-        kernels_per_step=sum(event.count for event in events) / 5,
-        busy=sum(map(total, events)) / 5000 / ms,
-        longest=[[event.key[:120], total(event) / 5000, event.count / 5] for event in longest],
+        kernels_per_step=sum(event.count for event in events) / n_steps,
+        busy=sum(map(total, events)) / 1000 / n_steps / ms,
+        longest=[
+            [event.key[:120], total(event) / 1000 / n_steps, event.count / n_steps]
+            for event in longest
+        ],
     )
 
 
@@ -148,7 +172,6 @@ def synchronize(device):
 
 def probe(args):
     start = time.perf_counter()
-    sys.path.insert(0, str(ROOT))
     module = importlib.import_module(args.script)
     device = torch.device(args.device)
     dtype = module.default_dtype(device)
@@ -179,25 +202,34 @@ def probe(args):
     )
     # 20 losses from one start on one batch, to compare variants by.
     record['losses'] = [step(images, labels)[0].item() / n for _ in range(20)]
+    is_quick = args.tiny or device.type == 'cpu'
+    n_first, warm_seconds, n_blocks, n_steps, n_profiled = (
+        (1, 0, 2, 3, 1) if is_quick else (3, 0.5, 7, 20, 5)
+    )
     for size in sizes:
         inputs = images[..., :size, :size]
         for is_trained in (True, False):
             net.whiten.bias.requires_grad_(is_trained)
-            for _ in range(3):
+            for _ in range(n_first):
                 step(inputs, labels)
         synchronize(device)
         record['ready_seconds'] = time.perf_counter() - start
-        begin = time.perf_counter()
-        for _ in range(20):
-            step(inputs, labels)
-        host_ms = 1000 * (time.perf_counter() - begin) / 20
-        synchronize(device)
-        ms = 1000 * (time.perf_counter() - begin) / 20
-        record['sizes'][size] = dict(ms=ms, host_ms=host_ms)
+        # The clock rate of a GPU that has been idle takes a while to rise. By blocks, lest the host
+        # launch far more steps than the GPU does in this time.
+        while time.perf_counter() - start < record['ready_seconds'] + warm_seconds:
+            time_block(step, inputs, labels, device, n_steps)
+        blocks = [time_block(step, inputs, labels, device, n_steps) for _ in range(n_blocks)]
+        times, host_times = zip(*blocks, strict=True)
+        record['sizes'][size] = dict(
+            ms=statistics.median(times),
+            ms_range=[min(times), max(times)],
+            host_ms=statistics.median(host_times),
+        )
     # Profiles come last, as after one the steps can be slower; should they fail, the times are out.
     print(json.dumps(record), flush=True)
     for size, of_size in record['sizes'].items():
-        of_size |= profile(step, images[..., :size, :size], labels, device, of_size['ms'])
+        inputs = images[..., :size, :size]
+        of_size |= profile(step, inputs, labels, device, of_size['ms'], n_profiled)
     print(json.dumps(record), flush=True)
 
 
@@ -228,12 +260,13 @@ def bench_plan(args):
         plan.append((f'{script}_{runs}', seconds, command))
 
     add_script('airbench94_muon', 3, 130)
-    plan.append(('tests', 130, [*pytest, *tests]))
     # These find in the cache what the script has compiled.
     add('airbench94_muon', 'captured', 50)
     add('airbench94_muon', 'captured-one-stream', 50)
     add('airbench94_muon', 'captured-exhaustive', 60)
     add('airbench94_muon', 'captured-unnormalized', 50)
+    # They compile two scripts for other widths, which took 138 seconds on the H200.
+    plan.append(('tests', 220, [*pytest, *tests]))
     add_script('airbench94_compiled', 3, 60)
     add('airbench94_compiled', 'captured', 60)
     add('airbench94_compiled', 'captured-uncounted', 60)
@@ -257,15 +290,6 @@ def make_random_data(args):
         labels = torch.arange(n) % 10
         data = dict(images=images, labels=labels, classes=list('0123456789'))
         torch.save(data, folder / f'{split}.pt')
-
-
-def environment(args):
-    return dict(
-        os.environ,
-        PYTHONUNBUFFERED='1',
-        TORCHINDUCTOR_CACHE_DIR=str(args.work / 'inductor'),
-        TRITON_CACHE_DIR=str(args.work / 'triton'),
-    )
 
 
 def runs_plan(args):
@@ -305,6 +329,67 @@ def runs_plan(args):
     return plan
 
 
+# -------------------------------------------- Processes -------------------------------------------
+
+
+def start_process(command, output, args, **variables):
+    """Starts the command in a session of its own, so that stop_process ends its children too."""
+    environment = dict(
+        os.environ,
+        PYTHONUNBUFFERED='1',
+        TORCHINDUCTOR_CACHE_DIR=str(args.work / 'inductor'),
+        TRITON_CACHE_DIR=str(args.work / 'triton'),
+        **variables,
+    )
+    with open(output, 'w') as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def stop_process(process):
+    """Ends it and what it has started, also where it has ended itself."""
+    with suppress(ProcessLookupError, PermissionError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def watch(processes, start, args, is_done=lambda: False):
+    """Waits until the processes end, or the seconds are over, or is_done(). Packs now and then."""
+    packed = time.monotonic()
+    while time.monotonic() - start < args.seconds and not is_done():
+        if all(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.5)
+        if time.monotonic() - packed > PACK_SECONDS:
+            pack(args)
+            packed = time.monotonic()
+
+
+def pack(args):
+    args.out.mkdir(parents=True, exist_ok=True)
+    part = args.out / f'{args.stage}.part'
+    with tarfile.open(part, 'w:gz') as tar:
+        tar.add(args.work / 'logs', 'logs')
+    part.replace(args.out / f'{args.stage}.tar')
+
+
+def whole_lines(log):
+    """The lines of a log that another process is writing."""
+    text = log.read_text()
+    return text[: text.rfind('\n') + 1].splitlines()
+
+
+def output_lines(file):
+    """The lines of a command's output, which may hold anything."""
+    return file.read_text(errors='replace').splitlines()
+
+
 # ---------------------------------------------- Trials --------------------------------------------
 
 # Options of airbench94_muon.py. For 94%, channels that are multiples of 64, the size of a kernel's
@@ -334,29 +419,24 @@ def trials(args):
     folder = args.work / 'logs'
     folder.mkdir(parents=True, exist_ok=True)
     processes = []
-    for i, words in enumerate(TRIALS[args.target]):
-        log = folder / f'trial_{args.target}_{i}.jsonl'
-        log.unlink(missing_ok=True)
-        command = [sys.executable, str(ROOT / 'airbench94_muon.py'), '--data', args.data]
-        command += ['--log', str(log), '--seed', str(args.seed), '--runs', '4']
-        command += ['--device', args.device, '--compile', 'False', *words]
-        if args.tiny:
-            command += ['--widths', f'({8 + 8 * i},8,8)', '--batch_size', '20', '--epochs', '1']
-        with open(log.with_suffix('.out'), 'w') as out:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(args), stdout=out, stderr=subprocess.STDOUT
-            )
-        processes.append((words, log, process))
+    logs = []
     try:
-        for _, _, process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0, args.seconds - (time.monotonic() - start)))
+        for i, words in enumerate(TRIALS[args.target]):
+            log = folder / f'trial_{args.target}_{i}.jsonl'
+            log.unlink(missing_ok=True)
+            command = [sys.executable, str(ROOT / 'airbench94_muon.py'), '--data', args.data]
+            command += ['--log', str(log), '--seed', str(args.seed), '--runs', '4']
+            command += ['--device', args.device, '--compile', 'False', *words]
+            if args.tiny:
+                command += ['--widths', f'({8 + 8 * i},8,8)', '--batch_size', '20', '--epochs', '1']
+            processes.append(start_process(command, log.with_suffix('.out'), args))
+            logs.append(log)
+        watch(processes, start, args)
     finally:
-        for _, _, process in processes:
-            process.kill()
-            process.wait()
-    pack(args)
-    for words, log, _ in processes:
+        for process in processes:
+            stop_process(process)
+        pack(args)
+    for words, log in zip(TRIALS[args.target], logs, strict=True):
         lines = whole_lines(log)[1:] if log.exists() else []
         runs = [json.loads(line) for line in lines]
         values = [100 * run['tta_val_acc'] for run in runs if not run['diverged']]
@@ -365,7 +445,7 @@ def trials(args):
         pflops = f', {runs[0]["pflops"]:.2f} PFLOPs' if runs else ''
         print(f'{" ".join(words)}: {mean}{error} ({len(values)}){pflops}', flush=True)
         if len(values) < 4:
-            for line in log.with_suffix('.out').read_text().splitlines()[-2:]:
+            for line in output_lines(log.with_suffix('.out'))[-2:]:
                 print('    ' + line[:200], flush=True)
 
 
@@ -386,41 +466,33 @@ def search(args):
     lines = candidates.queue(args.target, args.runs, args.seed)
     logs = [folder / f'search_{args.target}_{i}.jsonl' for i in range(args.processes)]
     threads = max(1, os.cpu_count() // args.processes)
-    environment = dict(os.environ, PYTHONUNBUFFERED='1', OMP_NUM_THREADS=str(threads))
+    program = str(ROOT / 'results' / 'search_94_muon' / 'search.py')
     processes = []
-    for i, log in enumerate(logs):
-        queue = args.work / f'queue_{i}.jsonl'
-        queue.write_text('\n'.join(lines[i :: args.processes]) + '\n')
-        log.unlink(missing_ok=True)
-        program = str(ROOT / 'results' / 'search_94_muon' / 'search.py')
-        with open(log.with_suffix('.out'), 'w') as out:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, program, str(queue), str(log), args.data],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    runs = []
+
+    def finished_runs():
+        return [json.loads(line) for log in logs if log.exists() for line in whole_lines(log)]
+
     try:
-        while time.monotonic() - start < args.seconds and len(runs) < len(lines):
-            time.sleep(1)
-            runs = [json.loads(line) for log in logs if log.exists() for line in whole_lines(log)]
-            if all(process.poll() is not None for process in processes):
-                break  # each has failed, as it never ends by itself
+        for i, log in enumerate(logs):
+            queue = args.work / f'queue_{i}.jsonl'
+            queue.write_text('\n'.join(lines[i :: args.processes]) + '\n')
+            log.unlink(missing_ok=True)
+            command = [sys.executable, program, str(queue), str(log), args.data]
+            output = log.with_suffix('.out')
+            processes.append(start_process(command, output, args, OMP_NUM_THREADS=str(threads)))
+        # They never end by themselves, unless they fail.
+        watch(processes, start, args, lambda: len(finished_runs()) == len(lines))
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
-    pack(args)
+            stop_process(process)
+        pack(args)
+    runs = finished_runs()
     for line in candidates.report(args.target, runs, 'selective'):
         print(line, flush=True)
     seconds = time.monotonic() - start
     print(f'{len(runs)} runs of {len(lines)} in {seconds:.0f} s', flush=True)
     for log in logs:
-        for line in log.with_suffix('.out').read_text().splitlines()[-4:]:
+        for line in output_lines(log.with_suffix('.out'))[-4:]:
             print('    ' + line[:200], flush=True)
 
 
@@ -428,29 +500,16 @@ def shrunk(changes):
     """A recipe that trains 60 images on a tiny network for a second."""
     stages = [[*stage, 20] for stage in changes['stages']]
     return changes | dict(
-        budget=1e-4, train_images=60, mids=[8, 8, 8], widths=[8, 8, 8], stages=stages
+        budget=9.5e-5, train_images=60, mids=[8, 8, 8], widths=[8, 8, 8], stages=stages
     )
-
-
-def whole_lines(log):
-    """The lines of a log that another process is writing."""
-    text = log.read_text()
-    return text[: text.rfind('\n') + 1].splitlines()
 
 
 # ----------------------------------------------- Main ---------------------------------------------
 
 
-def pack(args):
-    args.out.mkdir(parents=True, exist_ok=True)
-    part = args.out / f'{args.stage}.part'
-    with tarfile.open(part, 'w:gz') as tar:
-        tar.add(args.work / 'logs', 'logs')
-    part.replace(args.out / f'{args.stage}.tar')
-
-
-def run_all(plan, args):
+def run_all(args):
     start = time.monotonic()
+    plan = bench_plan(args) if args.stage == 'bench' else runs_plan(args)
     folder = args.work / 'logs'
     folder.mkdir(parents=True, exist_ok=True)
     if args.stage == 'bench':
@@ -465,23 +524,19 @@ def run_all(plan, args):
             print(f'{name}: skipped, {left:.0f} of {seconds} seconds are left', flush=True)
             continue
         begin = time.monotonic()
-        with open(folder / f'{name}.out', 'w') as out:
-            try:
-                code = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env=environment(args),
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    timeout=min(left, 2 * seconds),
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = 'stopped'
+        output = folder / f'{name}.out'
+        process = start_process(command, output, args)
+        try:
+            code = process.wait(timeout=min(left, 2 * seconds))
+        except subprocess.TimeoutExpired:
+            code = 'stopped'
+        finally:
+            stop_process(process)
+            pack(args)
         print(f'{name}: {code}, {time.monotonic() - begin:.0f} s', flush=True)
-        lines = (folder / f'{name}.out').read_text().splitlines()
-        for line in [line for line in lines if 'Profiler' not in line][-3:]:
+        lines = [line for line in output_lines(output) if 'Profiler' not in line]
+        for line in lines[-3:]:
             print('    ' + summary_of(line), flush=True)
-        pack(args)
 
 
 def summary_of(line):
@@ -489,7 +544,8 @@ def summary_of(line):
     try:
         record = json.loads(line)
         sizes = {
-            size: f'{of["ms"]:.2f} ms, host {of["host_ms"]:.2f}, '
+            size: f'{of["ms"]:.2f} ms ({of["ms_range"][0]:.2f} to {of["ms_range"][1]:.2f}), '
+            f'host {of["host_ms"]:.2f}, '
             f'{of.get("kernels_per_step")} kernels, busy {of.get("busy", 0):.2f}'
             for size, of in record['sizes'].items()
         }
@@ -522,16 +578,29 @@ def main():
     add('--processes', type=int, default=6)
     add('--runs', type=int, default=320)
     args = parser.parse_args()
-    if args.stage == 'probe':
-        probe(args)
-    elif args.stage == 'trials':
-        if args.target not in TRIALS:
-            parser.error(f'there are no trials for {args.target}: search instead')
-        trials(args)
-    elif args.stage == 'search':
-        search(args)
-    else:
-        run_all(bench_plan(args) if args.stage == 'bench' else runs_plan(args), args)
+    if args.stage == 'trials' and args.target not in TRIALS:
+        parser.error(f'there are no trials for {args.target}: search instead')
+    sys.path.insert(0, str(ROOT))
+    script = importlib.import_module('airbench94_muon')
+    print(script.device_name(torch.device(args.device)), flush=True)
+    if args.stage in ('trials', 'search'):
+        # Once, as processes that download or unpack CIFAR-10 at once get in each other's way.
+        is_folder = args.data != 'synthetic'
+        try:
+            script.load_split(ROOT / args.data if is_folder else args.data, train=False)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    stage = dict(probe=probe, trials=trials, search=search, bench=run_all, runs=run_all)[args.stage]
+    # So that SIGTERM, or a terminal that is closed, ends the program through its `finally`.
+    handlers = {
+        number: signal.signal(number, lambda *_: sys.exit(143))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        stage(args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == '__main__':

@@ -2,21 +2,24 @@
 What the searches for 94%, 95% and 96% by Muon are to try next, and what came of it.
 
     python results/search_94_muon/candidates.py queue 94 SEED RUNS >> QUEUE
-    python results/search_94_muon/candidates.py effects 94 LOG
+    python results/search_94_muon/candidates.py effects 94 LOG [LOG ...]
 
 A single run scatters too much to show 0.1 points, so no change is tried alone. In each run about
 half of the changes are on, so that every run tells something of each of them: 32 runs measure
 16 changes as well as 32 runs would measure one (a fractional factorial design; D. C. Montgomery,
 "Design and Analysis of Experiments", chapter 8). That supposes that the effects add up. Fewer runs
-say less, and as few as there are changes say nothing.
+say less. The fewest that say anything are two more than there are changes, and a queue begins with
+runs that do.
 
 queue prints lines for search.py, each run with its own seed. effects prints what each change added
-to the accuracy, by least squares, with 95% intervals; runs with other changes are left out. With
---half both are of the runs on half of the data. `python results/gpu.py search` does both on a GPU.
+to the accuracy, by least squares, with 95% intervals; runs with other changes are left out, and so
+are runs that diverged. With --half both are of the runs on half of the data. `python results/gpu.py
+search` does both on a GPU.
 """
 
 import argparse
 import json
+import math
 import random
 
 import numpy as np
@@ -43,9 +46,9 @@ SIZES_22_26 = [[0.3, 22, 'bilinear'], [0.3, 26, 'bilinear'], [0.4, 32, 'none']]
 # W, the recipe of airbench94_muon.py, at less compute.
 BASE_94 = R_94 | CHEAP | dict(stages=SIZES_22_26, early_pool=True, tail=[0.04, 0.05])
 
-# W with 1.7 to 1.8 times the channels, and a compute that gives it W's 17 epochs
+# W with 1.33 times the channels, a translation by 3, and a compute that gives it 24 epochs
 # (results/search_95_muon).
-BASE_95 = BASE_94 | dict(budget=0.55, mids=[48, 256, 656], widths=[128, 512, 656])
+BASE_95 = BASE_94 | dict(budget=0.45, mids=[48, 192, 512], widths=[96, 384, 512], translate=3)
 
 # W with 2.7 times the channels, for 30 epochs, and airbench96.py's augmentation.
 BASE_96 = BASE_94 | dict(
@@ -92,8 +95,11 @@ FACTORS_94 = {
 } | WITHOUT
 
 FACTORS_95 = {
-    '0.7 PFLOPs': dict(budget=0.7),
-    'wider': dict(mids=[48, 288, 752], widths=[144, 576, 752]),
+    '0.55 PFLOPs': dict(budget=0.55),
+    'wider, for fewer epochs': dict(mids=[48, 224, 576], widths=[112, 448, 576]),
+    '24 px and 28 px': dict(
+        stages=[[0.3, 24, 'bilinear'], [0.3, 28, 'bilinear'], [0.4, 32, 'none']]
+    ),
     'translation by 4': dict(translate=4),
     'cutout 8': dict(cutout=8),
     'Muon lr 0.2': dict(muon_lr=0.2),
@@ -103,7 +109,8 @@ FACTORS_95 = {
 } | {
     name: FACTORS_94[name]
     for name in (
-        *WITHOUT,
+        'no tail',
+        "block 3's pool after the norm",
         'NorMuon',
         'block 1 frozen after 70%',
         'fewer easy images',
@@ -159,6 +166,8 @@ def design(names, n_runs, seed):
     In 32 runs each change is on in half of them, and any two changes agree in half of them. The
     columns are those whose number has an odd count of ones in binary. So what two changes do
     together is not mistaken for what a third one does (resolution IV).
+
+    The first len(names) + 1 runs tell the changes apart, as well as so few can.
     """
     odd = [column for column in range(32) if column.bit_count() % 2 == 1]
     matrix = linalg.hadamard(32)[:, odd[: len(names)]]
@@ -167,7 +176,11 @@ def design(names, n_runs, seed):
     while len(runs) < n_runs:
         rows = list(range(32))
         shuffle(rows)
-        for row in rows:
+        # Pivoting takes the row next that is furthest from what those before it span.
+        with_mean = np.column_stack([np.ones(32), matrix[rows]])
+        _, order = linalg.qr(with_mean.T, mode='r', pivoting=True)
+        first = [rows[i] for i in order[: len(names) + 1]]
+        for row in first + [row for row in rows if row not in first]:
             runs.append([name for name, sign in zip(names, matrix[row], strict=True) if sign < 0])
     return runs[:n_runs]
 
@@ -197,9 +210,14 @@ def effects(target, runs, value, half=False):
 
     Returns a list of (name, effect, half-width of its 95% interval, runs that have it), all in
     percentage points, the first with the name '' and the accuracy with nothing on. The intervals
-    are infinite where the runs are too few to tell the changes apart.
+    are infinite where the runs are too few to tell the changes apart. Runs that diverged are left
+    out, as their accuracy is that of chance.
     """
-    kept = [(changes_on(target, run['changes'], half), 100 * run[value]) for run in runs]
+    kept = [
+        (changes_on(target, run['changes'], half), 100 * run[value])
+        for run in runs
+        if not run.get('diverged')
+    ]
     kept = [(on, accuracy) for on, accuracy in kept if on is not None]
     if not kept:
         return []
@@ -219,14 +237,30 @@ def effects(target, runs, value, half=False):
 
 def report(target, runs, value, half=False):
     """effects as lines of text, the best first."""
+    lines = []
+    n_diverged = sum(run.get('diverged', False) for run in runs)
+    if n_diverged:
+        lines.append(f'{n_diverged} runs diverged and are left out')
     found = effects(target, runs, value, half)
     if not found:
-        return []
+        return lines
     _, mean, width, n = found[0]
-    lines = [f'{mean:.2f} ± {width:.2f} with no change, from {n} runs']
+    if math.isinf(width):
+        n_changes = len(TARGETS[target][1])
+        lines.append(
+            f'no effects: {n} runs do not tell {n_changes} changes apart, '
+            f'the first {n_changes + 2} of a queue do'
+        )
+        return lines
+    lines.append(f'{mean:.2f} ± {width:.2f} with no change, from {n} runs')
     for name, effect, width, n in sorted(found[1:], key=lambda row: -row[1]):
         lines.append(f'{effect:+.2f} ± {width:.2f} by {name} ({n} runs)')
     return lines
+
+
+def whole_lines(text):
+    """The lines of a log, without a last one that was cut off or is being written."""
+    return text[: text.rfind('\n') + 1].splitlines()
 
 
 def main():
@@ -241,14 +275,14 @@ def main():
             command.add_argument('seed', type=int)
             command.add_argument('runs', type=int)
         else:
-            command.add_argument('log', type=argparse.FileType())
+            command.add_argument('logs', metavar='LOG', nargs='+', type=argparse.FileType())
             command.add_argument('--value', default='selective', help='or held_out')
         command.add_argument('--half', action='store_true')
     args = parser.parse_args()
     if args.command == 'queue':
         print('\n'.join(queue(args.target, args.runs, args.seed, args.half)))
     else:
-        runs = [json.loads(line) for line in args.log]
+        runs = [json.loads(line) for log in args.logs for line in whole_lines(log.read())]
         print('\n'.join(report(args.target, runs, args.value, args.half)))
 
 

@@ -4,6 +4,8 @@ as it ends.
 
     python results/search_94_muon/search.py QUEUE LOG DATA
 
+DATA is what the scripts take for --data.
+
 A line of QUEUE is a JSON object, what is changed of `base` below, and "seed". Lines may be added
 while it runs, and it waits for them until it is stopped. Started again, it begins with the first
 line: give it a queue of what is left. A line of LOG is a run: changes, seed, steps, PFLOPs
@@ -11,10 +13,10 @@ line: give it a queue of what is left. A line of LOG is a run: changes, seed, st
 with the mirrored pair, and with `selective`: for the tta_share of the images that the pair leaves
 least sure, all nine one-pixel translations, mirrored. `budget`, in PFLOPs, sets the number of
 steps. With `train_images` below 50,000 there is `held_out` too, the accuracy of the other images
-with the mirrored pair. With "save" the trained weights go to a file of that name.
+with the mirrored pair. `diverged` is a run whose loss is not finite in the end, and whose accuracy
+says nothing. With "save" the trained weights go to a file of that name.
 """
 
-import ctypes
 import json
 import math
 import sys
@@ -27,6 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import airbench94_muon  # noqa: E402
 
 base = dict(
     budget=0.13,
@@ -133,7 +138,7 @@ MEAN, STD = (
 
 def load(root):
     for split in ('train', 'test'):
-        d = torch.load(Path(root, f'{split}.pt'), weights_only=True)
+        d = airbench94_muon.load_split(root, split == 'train')
         images = d['images'].permute(0, 3, 1, 2).float().div_(255).sub_(MEAN).div_(STD)
         data[split] = images.to(DEVICE), d['labels'].to(DEVICE)
 
@@ -587,23 +592,28 @@ def run(changes, seed, save=None):
     seconds = time.perf_counter() - start
     if save:
         torch.save(net.state_dict(), save)
+    train_loss = sum(losses[-10:]).item() / 10
+    tested = evaluate(net, h)
     return dict(
         changes=changes,
         seed=seed,
+        # The test's loss too, as the last step can be the one that fails.
+        diverged=not math.isfinite(train_loss + tested['selective_loss']),
         steps=steps,
         epochs=seen / h.train_images,
         pflops=(spent + tta) / 1e15,
         dtype=str(DTYPE)[6:],
+        device=airbench94_muon.device_name(torch.device(DEVICE)),
+        torch=torch.__version__,
         train_seconds=seconds,
-        train_loss=sum(losses[-10:]).item() / 10,
+        train_loss=train_loss,
         train_acc=sum(accs[-10:]).item() / 10,
-        **evaluate(net, h),
+        **tested,
     )
 
 
 def main():
-    ctypes.CDLL(None).mallopt(-4, 0)
-    ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    airbench94_muon.set_up_process(torch.device(DEVICE))
     queue, log, root = map(Path, sys.argv[1:])
     load(root)
     done = 0
