@@ -149,7 +149,8 @@ def load_file(file):
         is_valid = False
     if not is_valid:
         raise ValueError(f'{file} must hold dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,) '
-                         f'from 0, classes=list of names), by torch.save. It holds {found}')
+                         'from 0, classes=list of str), by torch.save, tensors and not NumPy '
+                         f'arrays. It holds {found}')
     return data
 
 
@@ -178,9 +179,13 @@ class CifarLoader:
     Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
 
     Attributes can be replaced: images, float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,),
-    by a subset for example; mean and std, three numbers each, by those of other data. For the
-    indices of a batch's images, let loader.labels = torch.arange(N, device=loader.labels.device),
-    and look the labels up by them. Raises ValueError for what does not fit together.
+    by a subset for example; mean and std, three numbers each, and classes, a list of names, by
+    those of other data. For the indices of a batch's images, let loader.labels = torch.arange(N,
+    device=loader.labels.device), and look the labels up by them. Raises ValueError for what does
+    not fit together.
+
+    Each iteration is an epoch and is counted, as altflip needs it. Before another training in a
+    loop of your own, let loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
     """
 
     def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None,
@@ -216,6 +221,11 @@ class CifarLoader:
             if name not in known or value not in range(32):
                 raise ValueError(f'aug can have {" and ".join(known)}, from 0 to 31, not '
                                  f'{self.aug}')
+        for name in ('images', 'labels'):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f'{name} must be a tensor, as by torch.from_numpy, not '
+                                 f'{type(value).__name__}')
         n = len(self.images)
         if not self.images.is_floating_point() or self.images.shape != (n, 3, 32, 32):
             raise ValueError('images must be float (N, 3, 32, 32) from 0 to 1, as by / 255 and, of '
@@ -475,6 +485,7 @@ def infer(net, loader, tta_level=0, mirror=True):
     """
     The float32 (N, num_classes) logits of loader.images, in their order.
 
+    loader: its mean and std are to be those of the training. Its labels are not used.
     tta_level, mirror: of test-time augmentation, see views_of.
     """
     was_training = net.training
@@ -490,6 +501,9 @@ def infer(net, loader, tta_level=0, mirror=True):
 def evaluate(net, loader, tta_level=0, mirror=True):
     """The share of loader.images, from 0 to 1, that the network classifies correctly."""
     predictions = infer(net, loader, tta_level, mirror).argmax(1)
+    if loader.labels.shape != predictions.shape:
+        raise ValueError(f'there must be a label for each of the {len(predictions)} images, not '
+                         f'{tuple(loader.labels.shape)}')
     return (predictions == loader.labels).sum().item() / len(loader.labels)
 
 
@@ -500,19 +514,24 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     """
     Trains a network and returns it, in evaluation mode. Its attribute classes names the classes.
 
-    train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe).
-    test_loader: what to evaluate on (default: the test images of train_loader's folder). Its
-        images are normalised by train_loader's mean and std.
-    net: a Net to train on, in place, its first layer as it is (default: a new one). It has its own
-        dtype, widths, bn_momentum and scaling_factor, whatever is given here.
-    seed: for PyTorch's global generators (default: they go on from where they are). Trainings in
-        two threads share them, and cannot be reproduced.
+    train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
+        it is used: what a callback assigns to it has no effect.
+    test_loader: what to evaluate on (default: the test images of train_loader's folder, also where
+        train_loader's own have been replaced). Its images are normalised by train_loader's mean
+        and std.
+    net: a Net to train on, in place, its first layer as it is (default: a new one, whitened). It
+        has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
+    seed: for PyTorch's global generators (default: they go on from where they are). So after each
+        training of one seed they draw the same: take a torch.Generator of your own for random
+        subsets or labels. Trainings in two threads share the global ones, and cannot be
+        reproduced.
     device: to train on (default: the loader's).
     dtype: see Net; its name will do (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch.
-        The row's train_loss and train_acc are those of the epoch's last batch.
+        The row's train_loss and train_acc are those of the epoch's last batch. Numbers drawn from
+        PyTorch's global generators in it change the training.
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
         them, those of train_loader are taken.
 
@@ -534,7 +553,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         h[key] = getattr(loader, key)
     if net is not None:
         if not hasattr(net, 'whiten'):
-            raise TypeError(f'net must be a Net, not {type(net).__name__}')
+            raise TypeError(f'net must be a Net, not {type(net).__name__}. For another '
+                            'architecture change Net in a copy of this script')
         device = net.linear.weight.device
     elif device is None:
         device = loader.images.device
@@ -682,8 +702,9 @@ def merge(overrides):
 
     Raises TypeError for a name that hyp lacks, and ValueError for a value that makes no sense.
     """
+    # By the names of the original, and by the command line's.
     names_here = dict(learning_rate='lr', train_epochs='epochs', run='seed', gpu='device',
-                      make_net='net')  # by those of the original
+                      make_net='net', data='train_loader')
     for key in overrides:
         if key in names_here:
             raise TypeError(f'there is no {key}: here it is called {names_here[key]}')

@@ -5,7 +5,7 @@ Draws two figures from logs, as SVG, without an argument from those in results/:
 
 accuracy.svg: accuracy against the PFLOPs of a run, ours and what others have published.
 distribution.svg: the final accuracies of airbench94.py, with their mean and its 95%
-interval. It needs matplotlib: pip install matplotlib.
+interval. It needs matplotlib and scipy: pip install matplotlib scipy.
 """
 
 import argparse

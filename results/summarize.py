@@ -9,7 +9,8 @@ Welch's t-test:
 
     python results/summarize.py logs/mine.jsonl --against results/airbench94/cpu.jsonl
 
-It refuses to mix recipes, precisions or data sets, and to count a seed twice. It needs scipy.
+It refuses to mix recipes, precisions or data sets, and to count a seed twice. It says where the
+runs are of several devices, versions of the script or versions of PyTorch. It needs scipy.
 """
 
 import argparse
@@ -29,7 +30,12 @@ KEYS = dict(
     header={*SAME, 'hyperparameters', 'device', 'synthetic'},
     run={'seed', 'diverged', 'tta_val_acc', 'seconds'},
 )
-# by the paper: accuracy in percent, PFLOPs a run; and seconds on an A100, for the table of
+VERSION = dict(  # keys of a header, and what differs where they do
+    device='devices: the mean time is of no single one',
+    source='versions of the script',
+    torch='versions of PyTorch',
+)
+# By the paper: accuracy in percent, PFLOPs a run; and seconds on an A100, for the table of
 # processors
 PUBLISHED = {
     'airbench94': ('94.01', '0.36', '3.83 s'),
@@ -42,8 +48,8 @@ PUBLISHED = {
 
 def read_logs(paths):
     """
-    The last header and the runs of these logs, each with its device. ValueError where they do not
-    go together.
+    The last header and the runs of these logs, each with what VERSION names. ValueError where they
+    do not go together.
     """
     header, runs, seeds = None, [], {}
     for path in paths:
@@ -85,7 +91,7 @@ def read_logs(paths):
                         f'and again in {path}'
                     )
                 seeds[record['seed']] = path
-                runs.append(dict(record, device=header['device']))
+                runs.append(record | {key: header.get(key) for key in VERSION})
     return header, runs
 
 
@@ -188,6 +194,10 @@ def print_summary(paths, header, runs, s):
         print(f'PFLOPs a run       {s["pflops"]:.3g}')
         print(f'fastest run        {readme_time(s["fastest"])} TFLOP/s, {s["fastest"]["device"]}')
     print(f'diverged           {s["diverged"]}')
+    for key, what in VERSION.items():
+        found = len({run[key] for run in runs})
+        if found > 1:
+            print(f'note               the runs are of {found} {what}')
 
 
 def main(arguments=None):

@@ -152,16 +152,15 @@ def test_the_readmes_std_and_power():
     from scipy import stats
 
     text = ' '.join((ROOT / 'README.md').read_text().split())
-    std = summarize.summarize(summarize.read_logs([RESULTS / 'airbench94' / 'h200.jsonl'])[1])[
-        'std'
-    ]
+    logs = [RESULTS / 'airbench94' / name for name in ('h200.jsonl', 'h200_turn.jsonl')]
+    std = summarize.summarize(summarize.read_logs(logs)[1])['std']
     assert f'a std of about {100 * std:.2f} points' in text
     power = stats.norm.cdf(0.001 / (std * (2 / 50) ** 0.5) - stats.norm.ppf(0.975))
     assert f'a difference of 0.1 points {int(100 * power)} times in 100' in text
 
 
 def test_the_readme_is_short_before_the_method():
-    assert len((ROOT / 'README.md').read_text().split('## Method')[0].split()) <= 900
+    assert len((ROOT / 'README.md').read_text().split('## Method')[0].split()) <= 950
 
 
 def processor(script, run):
@@ -219,7 +218,10 @@ def test_the_times_on_each_processor_are_logged_ones():
 
 
 def test_the_figures_are_drawn_from_the_logs(tmp_path, monkeypatch):
-    """Drawn again, they are the same but for the ids that matplotlib gives."""
+    """
+    Drawn again, they are the same but for the ids that matplotlib gives. Its versions place a point
+    up to 0.7 points of type apart.
+    """
     pytest.importorskip('matplotlib')
     monkeypatch.syspath_prepend(ROOT / 'results')
     plot = importlib.import_module('plot')
@@ -229,7 +231,10 @@ def test_the_figures_are_drawn_from_the_logs(tmp_path, monkeypatch):
         comments = [re.findall('<!-- (.*?) -->', text) for text in (new, old)]
         assert comments[0] == comments[1] and len(comments[0]) > 5
         numbers = [re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', text) for text in (new, old)]
-        assert numbers[0] == numbers[1]
+        new, old = ([list(map(float, pair)) for pair in pairs] for pairs in numbers)
+        assert len(new) == len(old) > 0
+        for point, other in zip(new, old, strict=True):
+            assert point == pytest.approx(other, abs=1.5)
 
 
 def test_the_times_in_turn_follow_from_the_logs():
@@ -288,6 +293,7 @@ def ready(log):
 
 def test_what_is_said_of_the_h200():
     text = ' '.join((RESULTS / 'README.md').read_text().split())
+    readme = ' '.join((ROOT / 'README.md').read_text().split())
     logs = [
         RESULTS / script / name
         for script, name in (
@@ -305,6 +311,14 @@ def test_what_is_said_of_the_h200():
         f'took {mean:.2f} s in the mean of {len(base)} more runs ({min(base):.2f} to '
         f'{max(base):.2f} s; {accuracy}, not in the table; [log](airbench94/h200_turn.jsonl))'
     ) in text
+    fast = statistics.fmean(
+        run['seconds'] for run in summarize.read_logs([RESULTS / 'airbench94' / 'h200.jsonl'])[1]
+    )
+    compiled, muon = (statistics.fmean(seconds) for seconds in others)
+    assert (
+        f'The {fast:.2f} s are of another machine than the {compiled:.2f} and {muon:.2f} s: on '
+        f'theirs airbench94.py took {mean:.2f} s.'
+    ) in readme
     stds = [f'{statistics.stdev(seconds):.2f}' for seconds in others]
     ratios = [f'{statistics.fmean(seconds) / mean:.2f}' for seconds in others]
     assert f'the std of their times is {stds[0]} and {stds[1]} s' in text
@@ -558,6 +572,7 @@ def test_the_frontier_follows_from_the_logs():
         for run in runs + [dict(run, tta_val_acc=run['selective']) for run in search_runs()]
     }
     assert search_rows(6)
+    stds = []
     for _, pflops, accuracy, error, n, seeds in search_rows(6):
         first, *last = map(int, seeds.split(' to '))
         chosen = [runs[seed] for seed in range(first, (last or [first])[0] + 1)]
@@ -575,6 +590,10 @@ def test_the_frontier_follows_from_the_logs():
             else ''
         )
         assert len({round(run['pflops'], 3) for run in chosen}) == 1
+        if len(values) >= 10:
+            stds.append(f'{100 * statistics.stdev(values):.2f}')
+    page = ' '.join((RESULTS / 'search_94_muon' / 'README.md').read_text().split())
+    assert f'the std from seed to seed is {min(stds)} to {max(stds)} points' in page
 
 
 def test_the_report_of_the_search_is_short():

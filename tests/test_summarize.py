@@ -79,6 +79,19 @@ def test_one_summary_over_several_logs(tmp_path, capsys):
         assert line in out, line
 
 
+def test_runs_of_two_machines_are_said_to_be(tmp_path, capsys):
+    first = write_log(tmp_path / 'a', [a_run(0, 0.93)], source='x', torch='2.11')
+    second = write_log(tmp_path / 'b', [a_run(1, 0.93)], source='x', torch='2.11')
+    assert summarize.main([first, second]) == 0
+    assert 'note' not in capsys.readouterr().out
+    changes = dict(device='a GPU', source='y', torch='2.14')
+    third = write_log(tmp_path / 'c', [a_run(2, 0.93)], **changes)
+    assert summarize.main([first, second, third]) == 0
+    out = capsys.readouterr().out
+    for what in ('devices: ', 'versions of the script\n', 'versions of PyTorch\n'):
+        assert f'note               the runs are of 2 {what}' in out, what
+
+
 def test_one_run_has_no_spread(tmp_path, capsys):
     assert summarize.main([write_log(tmp_path / 'a', [a_run(0, 0.93)])]) == 0
     out = capsys.readouterr().out
