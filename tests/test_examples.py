@@ -3,63 +3,17 @@
 import json
 import runpy
 import signal
-import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, write_split
 from test_results import CIFAR10
 from test_summarize import summarize
 
+import airbench
 import airbench94
 import airbench94_muon
-
-
-def test_data_selection(tmp_path, monkeypatch, capsys):
-    write_split(tmp_path / 'train.pt', 1800, seed=0)
-    write_split(tmp_path / 'test.pt', 50, seed=1)
-    monkeypatch.setitem(airbench94.hyp, 'widths', (8, 8, 8))
-    monkeypatch.setattr(airbench94, 'set_up_process', lambda device: None)
-    monkeypatch.setattr(sys, 'path', sys.path[:])
-    monkeypatch.setattr(
-        sys,
-        'argv',
-        [
-            'data_selection.py',
-            '--data',
-            str(tmp_path),
-            '--epochs',
-            '1',
-            '--seed',
-            '5',
-            '--log',
-            str(tmp_path / 'log.jsonl'),
-        ],
-    )
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / 'examples' / 'data_selection.py'), run_name='__main__')
-    assert stop.value.code == 0
-    header, *results = [
-        json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()
-    ]
-    assert header['arguments']['seed'] == '5' and 'least confident' in header['source']
-    assert [result['images'] for result in results] == [1800, 1080, 1080]
-    table = capsys.readouterr().out.splitlines()[-3:]
-    for line, result in zip(table, results, strict=True):
-        assert line.startswith(result['name']) and line.endswith(f'{result["tta_val_acc"]:.4f}')
-
-
-def test_data_selection_without_data(tmp_path):
-    (tmp_path / 'train.pt').write_text('no data')
-    done = subprocess.run(
-        [sys.executable, ROOT / 'examples' / 'data_selection.py', '--data', tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and 'train.pt' in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ['train.pt']
 
 
 def run_example(name, words, monkeypatch):
@@ -71,19 +25,81 @@ def run_example(name, words, monkeypatch):
     return stop.value.code
 
 
-FLAGS = ['--data', 'synthetic', '--epochs', '1', '--widths', '(4, 4, 4)', '--batch_size', '500']
+@pytest.fixture
+def selection(tmp_path, monkeypatch):
+    """For data_selection.py, 300 images: the loaders it trains on, and its confidence."""
+    write_split(tmp_path / 'train.pt', 300, seed=0)
+    write_split(tmp_path / 'test.pt', 50, seed=1)
+    monkeypatch.setitem(airbench94.hyp, 'widths', (8, 8, 8))
+    confidence = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    loaders, real_loader, real_train = [], airbench.CifarLoader, airbench.train94
+
+    def loader(*args, batch_size=500, **options):
+        return real_loader(*args, batch_size=batch_size // 20, **options)
+
+    def train(loader, *args, **options):
+        loaders.append(loader)
+        return real_train(loader, *args, **options)
+
+    def infer(net, loader):
+        return torch.cat((confidence[:, None], torch.zeros(300, 9)), 1)
+
+    for name, value in (('CifarLoader', loader), ('train94', train), ('infer', infer)):
+        monkeypatch.setattr(airbench, name, value)
+    return loaders, confidence
+
+
+def test_data_selection(tmp_path, monkeypatch, capsys, selection):
+    words = ['--data', tmp_path, '--epochs', 1, '--seed', 5, '--log', tmp_path / 'log.jsonl']
+    assert run_example('data_selection', words, monkeypatch) == 0
+    header, *results = [
+        json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()
+    ]
+    assert header['arguments']['seed'] == '5' and 'least confident' in header['source']
+    assert [result['images'] for result in results] == [300, 180, 180]
+    table = capsys.readouterr().out.splitlines()[-3:]
+    for line, result in zip(table, results, strict=True):
+        assert line.startswith(result['name']) and line.endswith(f'{result["tta_val_acc"]:.4f}')
+
+
+def test_the_subsets_of_data_selection(tmp_path, monkeypatch, selection):
+    words = ['--data', tmp_path, '--epochs', 0.2, '--log', tmp_path / 'log.jsonl']
+    assert run_example('data_selection', words, monkeypatch) == 0
+    (whole, at_random, least), confidence = selection
+    images = whole.images.flatten(1)
+    indices = [torch.cdist(loader.images.flatten(1), images).argmin(1)
+               for loader in (at_random, least)]  # fmt: skip
+    assert torch.equal(indices[1], confidence.argsort()[:180])
+    assert (
+        len(indices[0].unique()) == 180
+        and 90 < len(set(indices[0].tolist()) & set(indices[1].tolist())) < 130
+    )
+    for loader, of_loader in zip((at_random, least), indices, strict=True):
+        assert torch.equal(loader.images, whole.images[of_loader])
+        assert torch.equal(loader.labels, whole.labels[of_loader])
+
+
+def test_data_selection_without_data(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'train.pt').write_text('no data')
+    monkeypatch.chdir(tmp_path)
+    assert run_example('data_selection', ['--data', tmp_path], monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and 'train.pt' in err
+    assert [path.name for path in tmp_path.iterdir()] == ['train.pt']
+
+
+FLAGS = ['--data', 'synthetic', '--epochs', '1', '--widths', '(4, 4, 4)', '--batch_size', '50']
 FLAGS += ['--dtype', 'float32']
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Synthetic data of a tenth, and no change of how the tests' process allocates."""
+    """A few of the synthetic data."""
     real = airbench94.synthetic_split
-    less = {train: {key: value[:1000 if train else 100] for key, value in real(train).items()}
+    less = {train: {key: value[:100 if train else 40] for key, value in real(train).items()}
             for train in (True, False)}  # fmt: skip
     for module in (airbench94, airbench94_muon):
         monkeypatch.setattr(module, 'synthetic_split', lambda train: less[train])
-        monkeypatch.setattr(module, 'set_up_process', lambda device: None)
 
 
 def test_ablations(tmp_path, monkeypatch, small):

@@ -5,27 +5,35 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import keep
+from conftest import EACH_TRAIN, Pixel, keep
 from torch.func import functional_call, grad, vmap
 
 import airbench
 import airbench94
 import airbench94_compiled
 import airbench94_muon
-from airbench94 import CifarLoader, evaluate, hyp, infer, train
+from airbench94 import CifarLoader, hyp, infer, train
 
 SMALL = dict(widths=(8, 8, 8), dtype=torch.float32, verbose=False)
-TRAINED = pytest.mark.parametrize(
-    'module', [airbench94, airbench94_compiled, airbench94_muon], ids=lambda m: m.__name__
-)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(passed_through):
+    """By default airbench94_compiled.py compiles, which takes long."""
+    for module in (airbench94_compiled, airbench94_muon):
+        module.captured_steps.clear()
+        module.compiled_net.cache_clear()
 
 
 def loader_of(module, tiny, aug=None):
+    """Eleven steps an epoch."""
     aug = module.hyp['aug'] if aug is None else aug
-    return module.CifarLoader(tiny, batch_size=100, aug=aug, device='cpu')
+    loader = module.CifarLoader(tiny, batch_size=10, aug=aug, device='cpu')
+    loader.images, loader.labels = loader.images[:110], loader.labels[:110]
+    return loader
 
 
-@TRAINED
+@EACH_TRAIN
 def test_a_callback_sees_each_epochs_network(module, tiny):
     logits, epochs = [], []
     test_loader = module.CifarLoader(tiny, train=False)
@@ -39,7 +47,7 @@ def test_a_callback_sees_each_epochs_network(module, tiny):
     torch.testing.assert_close(module.infer(net, test_loader), logits[2])
 
 
-@TRAINED
+@EACH_TRAIN
 def test_a_network_that_is_given_is_trained_in_place(module, tiny):
     """Its first layer as it is; its bias is trained again, though it was frozen."""
     loader = loader_of(module, tiny)
@@ -55,7 +63,7 @@ def test_a_network_that_is_given_is_trained_in_place(module, tiny):
         assert not torch.equal(after[name], before[name]), name
 
 
-@TRAINED
+@EACH_TRAIN
 def test_one_initialisation_with_two_orders_of_the_data(module, tiny):
     torch.manual_seed(0)
     loader = loader_of(module, tiny)
@@ -103,23 +111,24 @@ def test_a_list_of_optimizers_in_airbench94_muon(tiny, monkeypatch):
     assert rows[1]['train_loss'] < 2.5
 
 
-def test_the_mean_and_std_of_other_data(tiny):
+@EACH_TRAIN
+def test_the_mean_and_std_of_other_data(module, tiny):
     """Three numbers each; train gives them to the test loader."""
-    loader = loader_of(airbench94, tiny, aug={})
+    loader = loader_of(module, tiny, aug={})
     loader.mean, loader.std = (0.5, 0.25, 0.125), [2.0, 1.0, 0.5]
     images = loader.images[:5]
     normalised = loader.normalize(images)
     for channel, (mean, std) in enumerate(((0.5, 2.0), (0.25, 1.0), (0.125, 0.5))):
         torch.testing.assert_close(normalised[:, channel], (images[:, channel] - mean) / std)
-    rows, test_loader = [], CifarLoader(tiny, train=False)
-    net = train(loader, test_loader, epochs=2, seed=0, callback=keep(rows), **SMALL)
+    rows, test_loader = [], module.CifarLoader(tiny, train=False)
+    net = module.train(loader, test_loader, epochs=2, seed=0, callback=keep(rows), **SMALL)
     test_loader.mean, test_loader.std = loader.mean, loader.std
-    assert evaluate(net, test_loader, hyp['tta_level'], mirror=False) == rows[-1]['tta_val_acc']
+    assert module.evaluate(net, test_loader, 2, mirror=False) == rows[-1]['tta_val_acc']
     assert loader.mean == (0.5, 0.25, 0.125)
 
 
 def test_images_of_one_channel(tiny):
-    loader = loader_of(airbench94, tiny)
+    loader = CifarLoader(tiny, batch_size=100, aug=hyp['aug'], device='cpu')
     grey = loader.images.mean(1, keepdim=True)
     loader.images = grey
     with pytest.raises(ValueError, match=r'one channel, by .expand\(-1, 3, -1, -1\)'):
@@ -128,16 +137,11 @@ def test_images_of_one_channel(tiny):
     test_loader = CifarLoader(tiny, train=False)
     test_loader.images = test_loader.images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     rows = []
-    train(loader, test_loader, epochs=2, callback=keep(rows), **SMALL)
+    train(loader, test_loader, epochs=2, seed=0, callback=keep(rows), **SMALL)
     assert rows[1]['train_loss'] < rows[0]['train_loss'] < 4
 
 
-class Pixel(torch.nn.Module):
-    def forward(self, images):
-        return images[:, :, 3, 7]
-
-
-@TRAINED
+@EACH_TRAIN
 def test_digits_are_not_mirrored(module, tiny, monkeypatch):
     """Neither in training nor in the evaluation, and the compute says so."""
     seen = []
@@ -151,7 +155,7 @@ def test_digits_are_not_mirrored(module, tiny, monkeypatch):
     for aug in (dict(translate=2), dict(flip=True)):
         module.train(loader_of(module, tiny, aug), epochs=1, callback=keep([]), **SMALL)
     assert seen[1] == (2, False) and seen[3] == (2, True)
-    net, loader = Pixel(), module.CifarLoader(tiny, train=False)
+    net, loader = Pixel(3, 7), module.CifarLoader(tiny, train=False)
     images = loader.normalize(loader.images)
     torch.testing.assert_close(module.infer(net, loader, 1, mirror=False), images[:, :, 3, 7])
     around = images[:, :, 2:5, 6:9]
@@ -166,13 +170,9 @@ def test_digits_are_not_mirrored(module, tiny, monkeypatch):
         corners = (around[:, :, 0, 0] + around[:, :, 2, 2]) / 4
         expected = images[:, :, 3, 7] / 2 + corners
     torch.testing.assert_close(both, expected)
-    tested = [module.count_pflops(hyp_of(module) | dict(aug=aug), 0, 10)
+    tested = [module.count_pflops(module.hyp | dict(aug=aug), 0, 10)
               for aug in (dict(flip=True), {})]  # fmt: skip
     assert tested[0] == 2 * tested[1]
-
-
-def hyp_of(module):
-    return module.hyp
 
 
 def test_the_indices_of_a_batch(tiny):
@@ -183,7 +183,7 @@ def test_the_indices_of_a_batch(tiny):
     for inputs, indices in loader:
         assert torch.equal(inputs, loader.normalize(loader.images[indices]))
         assert labels[indices].max() < 10
-    assert len(indices) == 100
+    assert len(indices) == 10
 
 
 @pytest.mark.parametrize('module', [airbench94, airbench94_muon], ids=lambda m: m.__name__)
@@ -210,7 +210,7 @@ def test_gradients_per_example_by_torch_func(module, tiny):
 
 @pytest.mark.parametrize('name, here', [
     ('learning_rate', 'lr'), ('make_net', 'net'), ('run', 'seed'), ('gpu', 'device'),
-    ('train_epochs', 'epochs')])  # fmt: skip
+    ('train_epochs', 'epochs'), ('data', 'train_loader')])  # fmt: skip
 def test_the_originals_names_are_answered(name, here, tiny):
     with pytest.raises(TypeError, match=f'there is no {name}: here it is called {here}'):
         airbench.train94(loader_of(airbench94, tiny), **{name: 1})

@@ -205,7 +205,8 @@ def test_compute(script, pflops):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_each_script_trains_and_logs_alike(script, tiny, capsys):
+def test_each_script_trains_and_logs_alike(script, tiny, capsys, passed_through):
+    """A new network has its first layer whitened."""
     module, history = importlib.import_module(script), []
     loader = module.CifarLoader(tiny, train=True, batch_size=100, aug=module.hyp['aug'])
     net = module.train(
@@ -217,6 +218,10 @@ def test_each_script_trains_and_logs_alike(script, tiny, capsys):
     assert history[0]['val_acc'] == pytest.approx(
         module.evaluate(net, module.CifarLoader(tiny, train=False)), abs=0.03
     )
+    fresh = module.Net(module.hyp | dict(widths=(8, 8, 8)))
+    module.init_whitening(fresh, loader.normalize(loader.images[:5000]))
+    # The sign of an eigenvector is the library's choice.
+    torch.testing.assert_close(net.whiten.weight.abs(), fresh.whiten.weight.abs())
 
 
 def test_cutout_is_a_square_wholly_inside_and_everywhere(tiny):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, write_split
+from conftest import EACH_TRAIN, FLAGS, ROOT, small, write_split
 from test_summarize import summarize
 
 import airbench
@@ -22,36 +22,6 @@ import airbench94_muon
 from airbench94 import CifarLoader, train
 
 SMALL = dict(widths=(8, 8, 8), dtype=torch.float32, verbose=False)
-FLAGS = ['--widths', '(8, 8, 8)', '--batch_size', '100', '--epochs', '1', '--log', 'log.jsonl']
-
-
-@pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
-    """Data of one batch an epoch."""
-    folder = tmp_path_factory.mktemp('tiny')
-    write_split(folder / 'train.pt', 110, seed=0)
-    write_split(folder / 'test.pt', 96, seed=1)
-    return folder
-
-
-@pytest.fixture
-def main(monkeypatch, capsys, tmp_path, tiny):
-    """The command line in this process: a function that returns the exit code and the output."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['airbench94.py', *FLAGS, *map(str, arguments)])
-        try:
-            code = airbench94.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
 
 
 def logged_seeds():
@@ -72,24 +42,24 @@ def test_what_stops_between_saving_and_logging_loses_nothing(main, monkeypatch, 
             stop = os.getpid(), signal.SIGTERM
             patch.setattr(airbench94, 'save_net', lambda *args: os.kill(*stop))
         try:
-            code = main('--save', 'nets')[0]
+            code = main(airbench94, '--save', 'nets')[0]
         except ZeroDivisionError:
             code = 130
         assert code == 130 and logged_seeds() == []
         assert not Path('nets/airbench94-seed0.pt').exists()
-    assert main('--save', 'nets')[0] == 0 and logged_seeds() == [0]
+    assert main(airbench94, '--save', 'nets')[0] == 0 and logged_seeds() == [0]
     assert airbench.load_net('nets/airbench94-seed0.pt').classes == list('0123456789')
 
 
 def test_a_network_whose_run_was_not_logged_is_made_again(main):
-    assert main('--save', 'nets')[0] == 0
+    assert main(airbench94, '--save', 'nets')[0] == 0
     os.unlink('log.jsonl')
-    assert main('--save', 'nets')[0] == 0 and logged_seeds() == [0]
+    assert main(airbench94, '--save', 'nets')[0] == 0 and logged_seeds() == [0]
 
 
 def test_a_logged_run_without_its_network_is_said(main):
-    assert main('--runs', 2)[0] == 0
-    code, _, err = main('--runs', 3, '--save', 'nets')
+    assert main(airbench94, '--runs', 2)[0] == 0
+    code, _, err = main(airbench94, '--runs', 3, '--save', 'nets')
     assert code == 0 and len(err.splitlines()) == 1 and 'another --log' in err
     assert 'nets lacks the networks of 2 logged runs, of seed 0 for example' in err
     assert os.listdir('nets') == ['airbench94-seed2.pt'] and logged_seeds() == [0, 1, 2]
@@ -99,27 +69,27 @@ def test_a_logged_run_without_its_network_is_said(main):
 def test_another_file_is_not_overwritten(main, change, tmp_path):
     file = Path('nets/airbench94-seed1.pt')
     if change == 'recipe':
-        assert main('--seed', 1, '--save', 'nets', '--lr', 10)[0] == 0
+        assert main(airbench94, '--seed', 1, '--save', 'nets', '--lr', 10)[0] == 0
     elif change == 'data':
         for name, n in (('train', 110), ('test', 96)):
             write_split(tmp_path / f'{name}.pt', n, seed=2)
-        assert main('--seed', 1, '--save', 'nets', '--data', tmp_path)[0] == 0
+        assert main(airbench94, '--seed', 1, '--save', 'nets', '--data', tmp_path)[0] == 0
     elif change == 'seed':
-        assert main('--seed', 0, '--save', 'nets')[0] == 0
+        assert main(airbench94, '--seed', 0, '--save', 'nets')[0] == 0
         Path('nets/airbench94-seed0.pt').rename(file)
     else:
         file.parent.mkdir()
         file.write_text('notes')
     Path('log.jsonl').unlink(missing_ok=True)
     before = file.read_bytes()
-    code, out, err = main('--seed', 1, '--save', 'nets')
+    code, out, err = main(airbench94, '--seed', 1, '--save', 'nets')
     assert code == 2 and out == '' and f'{file} is a network of another recipe' in err
     assert '--save' in err and len(err.splitlines()) == 1 and file.read_bytes() == before
 
 
 def test_save_wants_a_folder(main):
     Path('net').write_text('')
-    code, out, err = main('--save', 'net')
+    code, out, err = main(airbench94, '--save', 'net')
     assert code == 2 and out == '' and 'net is a file: name a folder with --save' in err
 
 
@@ -130,8 +100,7 @@ def test_a_network_of_a_copied_script(main, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     import my94
 
-    monkeypatch.setattr(sys, 'argv', ['my94.py', *FLAGS, '--save', 'nets'])
-    assert my94.main() == 0
+    assert main(my94, '--save', 'nets')[0] == 0
     file = 'nets/my94-seed0.pt'
     with pytest.raises(ValueError, match=r'load_net\(file, script=my94\)'):
         airbench.load_net(file)
@@ -167,9 +136,8 @@ def test_device_and_dtype_of_a_loaded_network(tmp_path):
         assert loaded.blocks[0].norm1.bias.dtype == torch.float32
         with torch.no_grad():
             torch.testing.assert_close(loaded(images), net(images), rtol=0.01, atol=0.01)
-    if not torch.cuda.is_available():
-        with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA'):
-            airbench.load_net(tmp_path / 'net.pt', device='cuda')
+    with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA'):
+        airbench.load_net(tmp_path / 'net.pt', device='cuda')
 
 
 def test_a_network_on_a_macs_gpu_is_float32(tmp_path, monkeypatch):
@@ -188,71 +156,73 @@ def test_a_network_on_a_macs_gpu_is_float32(tmp_path, monkeypatch):
 
 
 def test_a_diverged_run_has_no_network_to_be_missed(main):
-    assert main('--scaling_factor', 1e90, '--save', 'nets')[0] == 0
-    code, _, err = main('--scaling_factor', 1e90, '--save', 'nets')
+    assert main(airbench94, '--scaling_factor', 1e90, '--save', 'nets')[0] == 0
+    code, _, err = main(airbench94, '--scaling_factor', 1e90, '--save', 'nets')
     assert code == 0 and err == '' and os.listdir('nets') == []
 
 
-def test_a_network_for_other_classes_is_refused(tiny):
+def test_a_network_for_other_classes_is_refused(one_batch):
     net = airbench94.Net(airbench94.hyp | dict(widths=(8, 8, 8)), num_classes=9)
     with pytest.raises(ValueError, match='net has 9 outputs, and train_loader 10 classes'):
-        train(CifarLoader(tiny, batch_size=50), net=net, epochs=1, **SMALL)
+        train(CifarLoader(one_batch, batch_size=50), net=net, epochs=1, **SMALL)
     assert not hasattr(net, 'classes')
 
 
-def test_a_trained_network_has_its_classes(tiny):
-    assert train(CifarLoader(tiny, batch_size=50), epochs=1, **SMALL).classes == list('0123456789')
+def test_a_trained_network_has_its_classes(one_batch):
+    assert train(CifarLoader(one_batch, batch_size=50), epochs=1, **SMALL).classes == list(
+        '0123456789'
+    )
 
 
 # Logs ---------------------------------------------------------------------------------------------
 
 
-def test_a_second_process_with_the_same_log_is_refused(main, tiny):
-    command = [sys.executable, ROOT / 'airbench94.py', *FLAGS, '--data', tiny, '--runs', '500']
+def test_a_second_process_with_the_same_log_is_refused(main, one_batch):
+    command = [sys.executable, ROOT / 'airbench94.py', *FLAGS, '--log', 'log.jsonl']
+    command += ['--data', one_batch, '--runs', '500']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         while 'seed 0' not in process.stdout.readline():
             assert process.poll() is None
-        code, out, err = main('--runs', 2, '--data', tiny)
+        code, out, err = main(airbench94, '--runs', 2, '--data', one_batch)
         assert code == 2 and out == '' and len(err.splitlines()) == 1
         assert 'another process writes to the log log.jsonl' in err and '--log' in err
     finally:
         process.kill()
         process.communicate()
     done = len(logged_seeds())
-    assert main('--runs', done + 1)[0] == 0 and logged_seeds() == list(range(done + 1))
+    assert main(airbench94, '--runs', done + 1)[0] == 0 and logged_seeds() == list(range(done + 1))
 
 
 def test_a_log_that_holds_a_seed_twice_is_refused(main):
-    assert main()[0] == 0
+    assert main(airbench94)[0] == 0
     lines = Path('log.jsonl').read_text().splitlines()
     Path('log.jsonl').write_text('\n'.join([*lines, lines[-1]]) + '\n')
-    code, out, err = main('--runs', 2)
+    code, out, err = main(airbench94, '--runs', 2)
     assert code == 2 and out == '' and 'log.jsonl holds a seed twice' in err
 
 
 def test_a_last_line_without_its_end_is_a_run(main):
     """As some editors leave it. Only a line that was cut off is dropped."""
-    assert main('--runs', 2)[0] == 0
+    assert main(airbench94, '--runs', 2)[0] == 0
     log = Path('log.jsonl')
     log.write_text(log.read_text().rstrip('\n'))
     assert [run['seed'] for run in summarize.read_logs([log])[1]] == [0, 1]
-    code, _, err = main('--runs', 3)
+    code, _, err = main(airbench94, '--runs', 3)
     assert code == 0 and err == '' and logged_seeds() == [0, 1, 2]
     log.write_text(log.read_text()[:-3])
     assert [run['seed'] for run in summarize.read_logs([log])[1]] == [0, 1]
-    code, _, err = main('--runs', 3)
+    code, _, err = main(airbench94, '--runs', 3)
     assert code == 0 and 'torn' in err and logged_seeds() == [0, 1, 2]
 
 
 def test_another_number_of_ranks_goes_on_with_a_series(main, monkeypatch):
     """None repeats a run. A log that another rank has just begun is no hindrance."""
-    monkeypatch.setattr(sys, 'stdout', sys.stdout)  # main silences all ranks but 0
     for world_size, runs in ((2, 4), (3, 6), (1, 7)):
         monkeypatch.setenv('WORLD_SIZE', str(world_size))
         for rank in range(world_size):
             monkeypatch.setenv('RANK', str(rank))
-            assert main('--runs', runs)[0] == 0
+            assert main(airbench94, '--runs', runs)[0] == 0
         Path('log.rank9.jsonl').write_text('{"type": "hea')
     Path('log.rank9.jsonl').unlink()
     logs = sorted(Path().glob('log.rank*.jsonl'))
@@ -261,13 +231,12 @@ def test_another_number_of_ranks_goes_on_with_a_series(main, monkeypatch):
 
 
 def test_a_rank_without_a_log_has_the_seeds_of_its_series(main, monkeypatch):
-    monkeypatch.setattr(sys, 'stdout', sys.stdout)  # main silences all ranks but 0
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('WORLD_SIZE', '1')
-    assert main('--seed', 5)[0] == 0
+    assert main(airbench94, '--seed', 5)[0] == 0
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    assert main('--runs', 2)[0] == 0
+    assert main(airbench94, '--runs', 2)[0] == 0
     (run,) = summarize.read_logs([Path('log.rank1.jsonl')])[1]
     assert run['seed'] == 6
 
@@ -282,7 +251,7 @@ def test_a_network_that_cannot_be_counted_is_not_trained(main, monkeypatch):
     monkeypatch.setattr(airbench94.Block, 'forward', scaled)
     monkeypatch.setattr(airbench94, 'run_once', lambda *args: pytest.fail('it was trained'))
     with pytest.raises(RuntimeError, match='meta'):
-        main()
+        main(airbench94)
 
 
 def test_more_ranks_than_gpus(main, monkeypatch):
@@ -292,19 +261,19 @@ def test_more_ranks_than_gpus(main, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', used.append)
     monkeypatch.setenv('LOCAL_RANK', '2')
-    assert main('--device', 'cpu')[0] == 0 and used == []
+    assert main(airbench94, '--device', 'cpu')[0] == 0 and used == []
     on_cuda = SimpleNamespace(h={}, device=torch.device('cuda'))
     monkeypatch.setattr(airbench94, 'parse_arguments', lambda: on_cuda)
-    code, out, err = main()
+    code, out, err = main(airbench94)
     assert code == 2 and out == '' and 'more processes than the 2 GPUs' in err
     monkeypatch.setenv('LOCAL_RANK', '1')
     with pytest.raises(AttributeError, match='data'):  # it gets further than that
-        main()
+        main(airbench94)
     assert used == [1]
 
 
 def test_the_compute_of_a_diverged_run_is_what_ran(main, monkeypatch):
-    assert main('--epochs', 3, '--scaling_factor', 1e90)[0] == 0
+    assert main(airbench94, '--epochs', 3, '--scaling_factor', 1e90)[0] == 0
     run = json.loads(Path('log.jsonl').read_text().splitlines()[-1])
     assert run['diverged'] and run['steps'] == [1]
     h = airbench94.hyp | dict(widths=(8, 8, 8), batch_size=100)
@@ -335,30 +304,33 @@ def spoil(loader, name, change):
     ('labels', lambda labels: labels - 1, 'labels must be from 0 to 9'),
     ('labels', lambda labels: labels + 90, 'labels must be from 0 to 9'),
     ('labels', lambda labels: labels.int(), 'labels must be int64, .* not torch.int32'),
+    ('images', lambda images: images.numpy(), 'images must be a tensor, .* not ndarray'),
+    ('labels', lambda labels: labels.tolist(), 'labels must be a tensor, .* not list'),
     ('batch_size', lambda size: 0, 'no batch of 0'),
 ])  # fmt: skip
-def test_data_are_checked_before_training(tiny, monkeypatch, which, name, change, message):
+def test_data_are_checked_before_training(one_batch, monkeypatch, which, name, change, message):
     monkeypatch.setattr(airbench94, 'Net', None)
     loaders = dict(
-        train_loader=CifarLoader(tiny, batch_size=50), test_loader=CifarLoader(tiny, train=False)
+        train_loader=CifarLoader(one_batch, batch_size=50),
+        test_loader=CifarLoader(one_batch, train=False),
     )
     spoil(loaders[which], name, change)
     with pytest.raises(ValueError, match=message):
         train(**loaders, epochs=1, **SMALL)
 
 
-def test_a_loader_is_checked_with_the_keywords_of_train(tiny):
+def test_a_loader_is_checked_with_the_keywords_of_train(one_batch):
     """Its own batch size may be more than it has images."""
-    loader = CifarLoader(tiny, batch_size=100)
+    loader = CifarLoader(one_batch, batch_size=100)
     loader.images, loader.labels = loader.images[:60], loader.labels[:60]
     with pytest.raises(ValueError, match='no batch of 100 from 60 images'):
         train(loader, epochs=1, **SMALL)
     train(loader, epochs=1, batch_size=20, **SMALL)
 
 
-def test_the_default_test_set_is_checked_too(tiny):
+def test_the_default_test_set_is_checked_too(one_batch):
     """After the first classes were left out of the training images alone."""
-    loader = CifarLoader(tiny, batch_size=20)
+    loader = CifarLoader(one_batch, batch_size=20)
     mask = loader.labels >= 4
     loader.images, loader.labels = loader.images[mask], loader.labels[mask] - 4
     loader.classes = loader.classes[4:]
@@ -367,76 +339,78 @@ def test_the_default_test_set_is_checked_too(tiny):
         train(loader, epochs=1, callback=lambda net, row: None, **SMALL)
 
 
-def test_the_loaders_augmentation_is_its_own(tiny):
+def test_the_loaders_augmentation_is_its_own(one_batch):
     aug = dict(flip=True)
-    loader = CifarLoader(tiny, batch_size=50, aug=aug)
+    loader = CifarLoader(one_batch, batch_size=50, aug=aug)
     loader.aug['translate'] = 2
     assert aug == dict(flip=True)
     for wrong in ('flip', ['flip']):
         with pytest.raises(ValueError, match='aug must be a dict'):
-            CifarLoader(tiny, batch_size=50, aug=wrong)
+            CifarLoader(one_batch, batch_size=50, aug=wrong)
 
 
 @pytest.mark.parametrize('dtype', ['fp16', 'float64', torch.float64, 16])
-def test_another_dtype_is_refused(tiny, dtype):
+def test_another_dtype_is_refused(one_batch, dtype):
     with pytest.raises(ValueError, match='dtype must be float32, float16 or bfloat16, not'):
-        train(CifarLoader(tiny, batch_size=50), **(SMALL | dict(dtype=dtype)))
+        train(CifarLoader(one_batch, batch_size=50), **(SMALL | dict(dtype=dtype)))
 
 
-def test_a_test_set_of_more_classes_is_refused(main, tmp_path, tiny):
-    shutil.copytree(tiny, tmp_path / 'data')
+def test_a_test_set_of_more_classes_is_refused(main, tmp_path, one_batch):
+    shutil.copytree(one_batch, tmp_path / 'data')
     data = torch.load(tmp_path / 'data' / 'train.pt')
     mask = data['labels'] < 9
     less = dict(images=data['images'][mask], labels=data['labels'][mask], classes=list('012345678'))
     torch.save(less, tmp_path / 'data' / 'train.pt')
-    code, out, err = main('--data', tmp_path / 'data', '--batch_size', 50)
+    code, out, err = main(airbench94, '--data', tmp_path / 'data', '--batch_size', 50)
     assert code == 2 and out == '' and 'test_loader.labels must be from 0 to 8' in err
     assert len(err.splitlines()) == 1 and not Path('log.jsonl').exists()
 
 
 @pytest.mark.parametrize('loader, name', [('cifar10', 'str'), (['x'], 'list'), (
     torch.utils.data.DataLoader([1]), 'DataLoader')])  # fmt: skip
-def test_what_is_no_loader(loader, name, tiny):
+def test_what_is_no_loader(loader, name, one_batch):
     with pytest.raises(TypeError, match=f'train_loader must be a CifarLoader.*not {name}'):
         train(loader)
     with pytest.raises(TypeError, match=f'test_loader must be a CifarLoader.*not {name}'):
-        train(CifarLoader(tiny, batch_size=50), loader)
+        train(CifarLoader(one_batch, batch_size=50), loader)
 
 
-def test_what_is_no_network_of_these_scripts(tiny):
+def test_what_is_no_network_of_these_scripts(one_batch):
     with pytest.raises(TypeError, match='net must be a Net, not Linear'):
-        train(CifarLoader(tiny, batch_size=50), net=torch.nn.Linear(2, 2))
+        train(CifarLoader(one_batch, batch_size=50), net=torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize('module', [airbench94, airbench94_muon], ids=lambda m: m.__name__)
 @pytest.mark.parametrize('level', [-1, 3, '2'])
-def test_there_are_three_levels_of_test_time_augmentation(module, level, tiny):
+def test_there_are_three_levels_of_test_time_augmentation(module, level, one_batch):
     net = module.Net(module.hyp | dict(widths=(8, 8, 8)))
     with pytest.raises(ValueError, match=f'tta_level must be 0, 1 or 2, not {level!r}'):
-        module.evaluate(net, CifarLoader(tiny, train=False), tta_level=level)
+        module.evaluate(net, CifarLoader(one_batch, train=False), tta_level=level)
 
 
-def test_folders_by_a_tilde_and_files_for_folders(main, tiny, tmp_path, monkeypatch):
+def test_folders_by_a_tilde_and_files_for_folders(main, one_batch, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    shutil.copytree(tiny, tmp_path / 'data')
-    code, out, err = main('--data', '~/data', '--save', '~/nets', '--log', '~/other.jsonl')
+    shutil.copytree(one_batch, tmp_path / 'data')
+    code, out, err = main(
+        airbench94, '--data', '~/data', '--save', '~/nets', '--log', '~/other.jsonl'
+    )
     assert code == 0 and (tmp_path / 'other.jsonl').exists() and (tmp_path / 'nets').is_dir(), err
     assert not Path('~').exists()
-    code, out, err = main('--data', tmp_path / 'data' / 'train.pt')
+    code, out, err = main(airbench94, '--data', tmp_path / 'data' / 'train.pt')
     assert code == 2 and 'train.pt is a file: name the folder' in err
     (tmp_path / 'data' / 'test.pt').unlink()
-    code, out, err = main('--data', tmp_path / 'data')
-    assert code == 2 and 'there is no' in err and 'test.pt' in err and 'mend' not in err
+    code, out, err = main(airbench94, '--data', tmp_path / 'data')
+    assert code == 2 and 'there is no' in err and 'test.pt' in err
 
 
-def test_flags_and_keywords_of_another_kind_are_as_good(main, tiny):
+def test_flags_and_keywords_of_another_kind_are_as_good(main, one_batch):
     numpy = pytest.importorskip('numpy')
-    assert main('--batch-size', 50, '--whiten-bias-epochs', 1)[0] == 0
+    assert main(airbench94, '--batch-size', 50, '--whiten-bias-epochs', 1)[0] == 0
     header = json.loads(Path('log.jsonl').read_text().splitlines()[0])
     h = header['hyperparameters']
     assert (h['batch_size'], h['whiten_bias_epochs']) == (50, 1)
     options = dict(dtype='float32', epochs=numpy.float64(1), batch_size=numpy.int64(50))
-    loader = CifarLoader(tiny, batch_size=10)
+    loader = CifarLoader(one_batch, batch_size=10)
     net = train(loader, widths=[numpy.int64(8)] * 3, verbose=False, **options)
     assert net.linear.weight.dtype == torch.float32
 
@@ -444,51 +418,52 @@ def test_flags_and_keywords_of_another_kind_are_as_good(main, tiny):
 # Callbacks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('module', [airbench94, airbench94_compiled, airbench94_muon],
-                         ids=lambda module: module.__name__)  # fmt: skip
-def test_a_callback_that_calls_the_network_does_not_change_it(module, tiny):
+@EACH_TRAIN
+def test_a_callback_that_calls_the_network_does_not_change_it(module, one_batch):
     """It is in evaluation mode: its BatchNorms' averages stay as they are."""
     images = torch.randn(50, 3, 32, 32)
     nets = []
     for callback in (lambda net, row: None, lambda net, row: net(images) is None):
-        loader = module.CifarLoader(tiny, batch_size=50)
-        options = SMALL if module is airbench94 else SMALL | dict(compile=False)
-        nets.append(module.train(loader, epochs=2, seed=1, callback=callback, **options))
+        loader = module.CifarLoader(one_batch, batch_size=50)
+        options = small(module, epochs=2, seed=1, verbose=False)
+        nets.append(module.train(loader, callback=callback, **options))
     for one, other in zip(*(net.state_dict().values() for net in nets), strict=True):
         assert torch.equal(one, other)
 
 
+@EACH_TRAIN
 @pytest.mark.parametrize('value, epochs', [(None, 2), (False, 2), (True, 1)])
-def test_what_a_callback_returns(tiny, value, epochs):
+def test_what_a_callback_returns(module, one_batch, value, epochs):
     rows = []
-    train(CifarLoader(tiny, batch_size=50), epochs=2,
-          callback=lambda net, row: rows.append(row) or value, **SMALL)  # fmt: skip
+    module.train(CifarLoader(one_batch, batch_size=50), epochs=2,
+                 callback=lambda net, row: rows.append(row) or value,
+                 **small(module, verbose=False))  # fmt: skip
     assert [row['epoch'] for row in rows] == [*range(1, epochs + 1), 'eval']
 
 
-def test_a_callback_that_returns_something_else(tiny, tmp_path):
-    with open(tmp_path / 'log', 'w') as file, pytest.raises(TypeError, match='None, or True .* 17'):
-        train(CifarLoader(tiny, batch_size=50), epochs=2,
-              callback=lambda net, row: file.write(f'after epoch {row["epoch"]:5}'),
-              **SMALL)  # fmt: skip
-    with open(tmp_path / 'log', 'w') as file, pytest.raises(TypeError, match='None, or True .* 1'):
-        train(CifarLoader(tiny, batch_size=50), epochs=2,
-              callback=lambda net, row: file.write('.'), **SMALL)  # fmt: skip
+@EACH_TRAIN
+def test_a_callback_that_returns_something_else(module, one_batch, tmp_path):
+    loader, options = CifarLoader(one_batch, batch_size=50), small(module, epochs=2, verbose=False)
+    with open(tmp_path / 'log', 'w') as file:
+        for text in ('.', 'seventeen letters'):
+            with pytest.raises(TypeError, match=f'None, or True .* {len(text)}$'):
+                module.train(loader, callback=lambda *_, text=text: file.write(text), **options)
     rows = []
-    train(CifarLoader(tiny, batch_size=50), epochs=2,
-          callback=lambda net, row: rows.append(row) or torch.tensor(True), **SMALL)  # fmt: skip
+    module.train(
+        loader, callback=lambda *args: rows.append(args[1]) or torch.tensor(True), **options
+    )
     assert [row['epoch'] for row in rows] == [1, 'eval']  # as by accuracies.mean() > 0.9
 
 
 def test_a_finished_series_is_summed_up_without_a_warm_up(main, monkeypatch):
     """Which compiles in other scripts, for minutes."""
-    code, out, _ = main('--runs', 1)
+    code, out, _ = main(airbench94, '--runs', 1)
     monkeypatch.setattr(airbench94, 'warmup', None)
-    code_again, again, _ = main('--runs', 1)
+    code_again, again, _ = main(airbench94, '--runs', 1)
     assert code == code_again == 0
     assert again.splitlines()[-3:] == out.splitlines()[-3:]
     with pytest.raises(TypeError):
-        main('--runs', 2)
+        main(airbench94, '--runs', 2)
 
 
 # A forker's mistakes, threads ---------------------------------------------------------------------
@@ -501,12 +476,12 @@ def test_a_fault_of_the_program_shows_its_traceback(main, monkeypatch, at):
 
     monkeypatch.setattr(airbench94, at, fail)
     with pytest.raises(RuntimeError, match='shapes'):
-        main()
+        main(airbench94)
 
 
-def test_a_second_compiled_training_at_once_is_refused(tiny, monkeypatch):
+def test_a_second_compiled_training_at_once_is_refused(one_batch, monkeypatch):
     """In a thread beside the first, which waits for the outcome."""
-    loader = airbench94_compiled.CifarLoader(tiny, batch_size=50)
+    loader = airbench94_compiled.CifarLoader(one_batch, batch_size=50)
     outcome = []
 
     def second():
@@ -528,13 +503,13 @@ def test_a_second_compiled_training_at_once_is_refused(tiny, monkeypatch):
     assert len(outcome) == 2 and 'one compiled network' in outcome[0]
 
 
-def test_infer_of_airbench94_muon(tiny):
+def test_infer_of_airbench94_muon(one_batch):
     assert airbench.infer94_muon is airbench94_muon.infer
     assert airbench.evaluate94_muon is airbench94_muon.evaluate
     rows = []
-    loader = airbench.CifarLoader(tiny, batch_size=50, aug=dict(flip=True))
+    loader = airbench.CifarLoader(one_batch, batch_size=50, aug=dict(flip=True))
     net = airbench.train94_muon(
         loader, epochs=1, callback=lambda net, row: rows.append(row), **SMALL
     )
-    test_loader = airbench.CifarLoader(tiny, train=False)
+    test_loader = airbench.CifarLoader(one_batch, train=False)
     assert airbench.evaluate94_muon(net, test_loader, 2) == rows[-1]['tta_val_acc']

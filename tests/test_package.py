@@ -1,6 +1,6 @@
 """`import airbench`: what it offers, what it costs, and that the README's Python snippets run."""
 
-import platform
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +43,8 @@ def test_importing_it_prints_nothing_and_reads_no_data(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'AIRBENCH_DATA': '/nowhere'},
+        env=os.environ
+        | {'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'AIRBENCH_DATA': '/nowhere'},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
     assert list(tmp_path.iterdir()) == []
@@ -74,9 +75,7 @@ def test_whole_numbers_of_pixels_may_be_floats(tiny):
     assert torch.equal(*batches)
 
 
-@pytest.mark.parametrize(
-    'train', [airbench.train94, airbench.train94_muon, airbench.train95, airbench.train96]
-)
+@pytest.mark.parametrize('train', [airbench.train94, airbench.train94_muon, airbench.train96])
 def test_each_training_takes_the_one_loader(train, tiny):
     """
     A subset of the caller's, of one batch, or without augmentation: trained on as it stands, and
@@ -123,7 +122,7 @@ def test_memory_does_not_grow(tiny):
     for _ in range(5):
         list(loader)
     before = resident()
-    for _ in range(200):
+    for _ in range(50):
         for _ in loader:
             pass
     assert resident() - before < 100_000  # KiB; one epoch's batches take 12,000
@@ -152,9 +151,6 @@ def test_the_readmes_snippets(code, tiny, monkeypatch, tmp_path):
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'cifar10').symlink_to(tiny)
-    monkeypatch.setattr(
-        platform, 'libc_ver', lambda: ('', '')
-    )  # lest a warm-up change how the process allocates
     code = re.sub(r'epochs=[\d.]+', 'epochs=1', code).replace('batch_size=1024', 'batch_size=100')
     for module in (airbench94, airbench94_muon, airbench95, airbench96):
         for name, value in (('widths', (8, 8, 8)), ('epochs', 1), ('batch_size', 100)):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VERSION
+from conftest import VERSION, Pixel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -165,17 +165,6 @@ def test_lookahead_by_hand():
     net.bias.data.fill_(8.0)
     lookahead_update(average, state, decay=1.0)
     assert net.bias.item() == 2.5
-
-
-class Pixel(nn.Module):
-    """Logits that are one pixel of the image."""
-
-    def __init__(self, y, x):
-        super().__init__()
-        self.y, self.x = y, x
-
-    def forward(self, images):
-        return images[:, :, self.y, self.x]
 
 
 @pytest.mark.parametrize('y, x', [(13, 7), (0, 0), (31, 16)])

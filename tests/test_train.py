@@ -4,27 +4,32 @@ found.
 """
 
 import copy
-import importlib
+import functools
 import platform
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import keep
+from conftest import EACH_TRAIN, OTHER_VALUES, basis, keep, same_state, small
 
 import airbench94
-from airbench94 import CifarLoader, evaluate, hyp, infer, train, warmup
+import airbench94_compiled
+import airbench94_muon
+from airbench94 import CifarLoader, evaluate, hyp, infer, train
 
 SMALL = dict(widths=(8, 16, 16), dtype=torch.float32)
 
 
-def tiny_loader(tiny, **options):
-    return CifarLoader(tiny, train=True, batch_size=100, aug=hyp['aug'], device='cpu', **options)
+def tiny_loader(tiny):
+    """Eleven steps an epoch."""
+    loader = CifarLoader(tiny, train=True, batch_size=10, aug=hyp['aug'], device='cpu')
+    loader.images, loader.labels = loader.images[:110], loader.labels[:110]
+    return loader
 
 
 def test_it_learns(tiny):
     torch.manual_seed(0)
-    loader = tiny_loader(tiny)
+    loader = CifarLoader(tiny, train=True, batch_size=100, aug=hyp['aug'], device='cpu')
     net = train(loader, epochs=4, verbose=False, **SMALL)
     assert not net.training
     assert evaluate(net, CifarLoader(tiny, train=False)) > 0.3
@@ -95,23 +100,117 @@ def test_the_head_of_the_table_comes_first(tiny, capsys, monkeypatch):
     assert line.split('|')[1].strip() == 'epoch'
 
 
+@EACH_TRAIN
 @pytest.mark.parametrize('at, steps', [(1, [11, 11]), (2, [11, 22, 22]), (3, [11, 22, 33, 33])])
-def test_a_callback_can_end_the_training(tiny, at, steps):
+def test_a_callback_can_end_the_training(module, tiny, at, steps, monkeypatch):
     """The last epoch ends as always: with the average of Lookahead and the final evaluation."""
-    rows = []
+    rows, decays = [], []
+    real_update = module.lookahead_update
+
+    def update(average, state, decay):
+        decays.append(decay)
+        real_update(average, state, decay)
 
     def callback(net, row):
-        assert isinstance(net, airbench94.Net)
+        assert isinstance(net, module.Net)
         rows.append(row)
         return row['epoch'] == at
 
-    net = train(tiny_loader(tiny), epochs=3, seed=1, verbose=False, callback=callback, **SMALL)
+    monkeypatch.setattr(module, 'lookahead_update', update)
+    options = small(module, epochs=3, seed=1, verbose=False)
+    net = module.train(tiny_loader(tiny), callback=callback, **options)
     assert [row['steps'] for row in rows] == steps and 'tta_val_acc' in rows[-1]
     loader = CifarLoader(tiny, train=False)
-    assert evaluate(net, loader, hyp['tta_level']) == rows[-1]['tta_val_acc']
-    plain = dict(lookahead=False, verbose=False, **SMALL)
-    other = train(tiny_loader(tiny), epochs=3, seed=1, callback=callback, **plain)
-    assert not torch.equal(net.linear.weight, other.linear.weight)
+    assert module.evaluate(net, loader, module.hyp['tta_level']) == rows[-1]['tta_val_acc']
+    if module is airbench94_muon:  # whose Lookahead is of the last steps of the schedule alone
+        assert at == 3 or decays == []
+    else:
+        assert decays[-1] == 1.0
+
+
+def test_the_clock_is_read_when_the_device_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, 'synchronize', done.append)
+    monkeypatch.setattr(airbench94, 'time', SimpleNamespace(perf_counter=lambda: len(done)))
+    assert airbench94.synchronized_time(torch.device('cpu')) == 0
+    assert airbench94.synchronized_time(torch.device('cuda')) == 1
+    assert done == [torch.device('cuda')]
+
+
+@pytest.mark.parametrize('module, options', [
+    (airbench94, {}),
+    (airbench94_compiled, dict(compile=False)),
+    (airbench94_compiled, dict(compile=True)),
+    (airbench94_muon, dict(compile=False)),
+    (airbench94_muon, dict(compile=True)),
+], ids=lambda value: getattr(value, '__name__', None))  # fmt: skip
+def test_the_clock_runs_in_training_and_the_final_evaluation(
+    module, options, tiny, monkeypatch, passed_through
+):
+    """
+    The whitening included, and neither validations nor callbacks, nor what compiling needs. Here
+    each of these takes seconds of its own.
+    """
+    now = 0
+
+    def taking(seconds, function):
+        def slow(*args, **options):
+            nonlocal now
+            now += seconds
+            return function(*args, **options)
+
+        return slow
+
+    for name, seconds in (('init_whitening', 1), ('train_step', 10), ('evaluate', 1_000)):
+        monkeypatch.setattr(module, name, taking(seconds, getattr(module, name)))
+    monkeypatch.setattr(module, 'synchronized_time', lambda device: now)
+    rows = []
+    options = small(
+        module, epochs=2, verbose=False, callback=taking(100_000, keep(rows)), **options
+    )
+    module.train(tiny_loader(tiny), **options)
+    assert [row['time_seconds'] for row in rows] == [111, 221, 1221]
+
+
+def on_forty_images(module, folder, **changes):
+    loader = module.CifarLoader(folder, True, 10, module.hyp['aug'], device='cpu')
+    loader.images, loader.labels = loader.images[:40], loader.labels[:40]
+    return module.train(loader, **basis(module, seed=0, **changes))
+
+
+unchanged = functools.cache(on_forty_images)
+
+
+@pytest.mark.parametrize(
+    'module, key',
+    [(module, key) for module, values in OTHER_VALUES.items() for key in values],
+    ids=lambda value: getattr(value, '__name__', value),
+)
+def test_every_hyperparameter_has_an_effect(module, key, tiny, monkeypatch):
+    """On the network, or on its final evaluation."""
+    value = OTHER_VALUES[module][key]
+    if key != 'tta_level':
+        assert not same_state(
+            on_forty_images(module, tiny, **{key: value}), unchanged(module, tiny)
+        )
+        return
+    levels = []
+    real_evaluate = module.evaluate
+
+    def evaluate(net, loader, tta_level=0, mirror=True):
+        levels.append(tta_level)
+        return real_evaluate(net, loader, tta_level, mirror)
+
+    monkeypatch.setattr(module, 'evaluate', evaluate)
+    on_forty_images(module, tiny, epochs=1, tta_level=value, callback=keep([]))
+    assert levels == [0, value] and value != module.hyp['tta_level']
+
+
+@EACH_TRAIN
+def test_nothing_else_has_an_effect(module, tiny):
+    """Which the test above relies on; it is of all hyperparameters but one."""
+    assert same_state(on_forty_images(module, tiny), unchanged(module, tiny))
+    assert OTHER_VALUES[module].keys() == module.hyp.keys() - {'compile'}
 
 
 def test_without_a_table_nothing_is_printed_or_evaluated(tiny, capsys, tmp_path, monkeypatch):
@@ -172,7 +271,7 @@ def test_the_lr_of_each_step(tiny, monkeypatch):
     assert seen == [pytest.approx(2 * [airbench94.lr_factor(i, 12, hyp)]) for i in range(12)]
 
 
-def test_whitening_bias_trains_for_three_epochs(tiny):
+def test_the_whitening_bias_trains_for_its_epochs(tiny):
     def bias(epochs, **options):
         return train(
             tiny_loader(tiny),
@@ -192,10 +291,12 @@ def test_whitening_bias_trains_for_three_epochs(tiny):
     assert not torch.equal(trained, longer)
 
 
-def test_divergence_is_an_error_in_its_epoch(tiny):
+@EACH_TRAIN
+def test_divergence_is_an_error_in_its_epoch(module, tiny):
     history = []
+    options = small(module, epochs=3, lr=1e30, verbose=False, callback=keep(history))
     with pytest.raises(FloatingPointError, match='epoch 1'):
-        train(tiny_loader(tiny), epochs=3, lr=1e30, verbose=False, callback=keep(history), **SMALL)
+        module.train(tiny_loader(tiny), **options)
     assert [row['epoch'] for row in history] == [1]
 
 
@@ -242,27 +343,32 @@ def test_labels_must_be_of_the_classes(tiny):
     assert train(loader, epochs=1 / 11, verbose=False, **SMALL).linear.out_features == 9
 
 
-def test_warmup_on_a_cpu_only_sets_the_process_up(tiny, monkeypatch, capsys):
+def uncompiled(module):
+    return {} if module is airbench94 else dict(compile=False)
+
+
+@EACH_TRAIN
+def test_warmup_on_a_cpu_only_sets_the_process_up(module, tiny, monkeypatch, capsys):
     called = []
     libc = SimpleNamespace(mallopt=lambda *args: called.append(args))
-    monkeypatch.setattr(airbench94.ctypes, 'CDLL', lambda name: libc)
+    monkeypatch.setattr(module.ctypes, 'CDLL', lambda name: libc)
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('glibc', '2.36'))
-    monkeypatch.setattr(airbench94, 'train', None)
+    monkeypatch.setattr(module, 'train', None)
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
-    warmup(device='cpu', dtype=torch.float16)
+    module.warmup(device='cpu', dtype=torch.float16, **uncompiled(module))
     assert called == [(-4, 0), (-1, 2**31 - 1)] and capsys.readouterr() == ('', '')
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
-    warmup(tiny_loader(tiny), CifarLoader(tiny, False))
+    module.warmup(tiny_loader(tiny), CifarLoader(tiny, False), **uncompiled(module))
     assert len(called) == 2
 
 
-def trained_by_warmup(monkeypatch, *args, **options):
+def trained_by_warmup(module, monkeypatch, *args, **options):
     """What the warm-up on a device, which meta stands for, would train on."""
     calls = []
     monkeypatch.setattr(
-        airbench94, 'train', lambda *loaders, **options: calls.append((loaders, options))
+        module, 'train', lambda *loaders, **options: calls.append((loaders, options))
     )
-    warmup(*args, **options)
+    module.warmup(*args, **uncompiled(module) | options)
     (((loader, test_loader), options),) = calls
     assert {name: options[name] for name in ('epochs', 'whiten_bias_epochs')} == dict(
         epochs=2, whiten_bias_epochs=1
@@ -271,19 +377,14 @@ def trained_by_warmup(monkeypatch, *args, **options):
     return loader, options | dict(test_loader=test_loader)
 
 
-def test_warmup_on_a_device_trains_on_a_few_batches(tiny, monkeypatch):
+@EACH_TRAIN
+def test_warmup_on_a_device_trains_on_a_few_batches(module, tiny, monkeypatch):
     loader = CifarLoader(tiny, True, 100, hyp['aug'], device='meta')
     test_loader = CifarLoader(tiny, False, device='meta')
-    test_loader.images, test_loader.labels = (
-        t.new_empty(10_500, *t.shape[1:])
-        for t in vars(test_loader).values()
-        if isinstance(t, torch.Tensor) and len(t) == 96
-    )
-    trained, options = trained_by_warmup(
-        monkeypatch,
-        loader,
-        test_loader,
-        net=airbench94.Net(),
+    test_loader.images = torch.empty(10_500, 3, 32, 32, device='meta')
+    test_loader.labels = torch.empty(10_500, dtype=torch.int64, device='meta')
+    options = dict(
+        net=module.Net(),
         seed=3,
         verbose=True,
         callback=print,
@@ -292,20 +393,28 @@ def test_warmup_on_a_device_trains_on_a_few_batches(tiny, monkeypatch):
         lr=1e30,
         bn_momentum=0.3,
     )
-    assert len(trained.images) == len(trained.labels) == 300 and options['batch_size'] == 100
-    assert (
-        options['lr'] < 0.01 and options['bn_momentum'] == 0.3 and options['dtype'] == torch.float16
-    )
-    assert options['weight_decay'] == 0  # it is divided by the lr
-    assert options['test_loader'] is test_loader
-    assert options.get('net') is options.get('seed') is None
+    trained, found = trained_by_warmup(module, monkeypatch, loader, test_loader, **options)
+    assert len(trained.images) == len(trained.labels) == 300 and found['batch_size'] == 100
+    assert found['lr'] < 0.01 and found['bn_momentum'] == 0.3 and found['dtype'] == torch.float16
+    assert found['weight_decay'] == 0  # it is divided by the lr
+    assert found.get('net') is found.get('seed') is None
     assert len(loader.images) == len(loader.labels) == 1100 and len(test_loader.images) == 10_500
+    # The compiled evaluation needs a batch of each size, and no more.
+    tested = found['test_loader']
+    assert len(tested.images) == len(tested.labels)
+    if module is airbench94_compiled:
+        assert [len(images) for images in tested.images.split(2000)] == [2000, 500]
+    else:
+        assert tested is test_loader
+    if module is not airbench94:
+        # A recorded step is that of its lr and of its weight decay.
+        options |= dict(compile=True)
+        _, found = trained_by_warmup(module, monkeypatch, loader, test_loader, **options)
+        assert found['lr'] == 1e30 and 'weight_decay' not in found and found['compile']
 
 
-@pytest.mark.parametrize('script', ['airbench94', 'airbench95', 'airbench96'])
-def test_warmup_leaves_it_to_the_training_to_diverge(script, tiny, monkeypatch):
-    module = importlib.import_module(script)
-
+@EACH_TRAIN
+def test_warmup_leaves_it_to_the_training_to_diverge(module, tiny, monkeypatch):
     def diverge(*args, **options):
         raise FloatingPointError
 
@@ -313,38 +422,37 @@ def test_warmup_leaves_it_to_the_training_to_diverge(script, tiny, monkeypatch):
     module.warmup(CifarLoader(tiny, True, 100, device='meta'), device='meta')
 
 
-def test_warmup_without_a_loader_is_for_the_recipes_batches(tiny, monkeypatch):
+@EACH_TRAIN
+def test_warmup_without_a_loader_is_for_the_recipes_batches(module, tiny, monkeypatch):
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
-    loader, options = trained_by_warmup(monkeypatch, device='meta')
-    assert (
-        options.get('batch_size', loader.batch_size) == 1024
-        and options.get('aug', loader.aug) == hyp['aug']
-    )
+    monkeypatch.setitem(module.hyp, 'batch_size', 350)
+    loader, options = trained_by_warmup(module, monkeypatch, device='meta')
+    assert options.get('batch_size', loader.batch_size) == 350 and len(loader.images) == 1050
+    assert options.get('aug', loader.aug) == module.hyp['aug']
 
 
+@EACH_TRAIN
 @pytest.mark.parametrize('batch_size', [100, 3200])
-def test_warmup_has_the_loaders_batch_size(tiny, monkeypatch, batch_size):
+def test_warmup_has_the_loaders_batch_size(module, tiny, monkeypatch, batch_size):
     loader = CifarLoader(tiny, True, 100, hyp['aug'], device='meta')
     loader.batch_size = batch_size
-    loader.images, loader.labels = (
-        torch.empty(4400, 3, 32, 32, device='meta'),
-        loader.labels.repeat(4),
-    )
-    trained, _ = trained_by_warmup(monkeypatch, loader, CifarLoader(tiny, False, device='meta'))
+    loader.images = torch.empty(4400, 3, 32, 32, device='meta')
+    loader.labels = loader.labels.repeat(4)
+    test_loader = CifarLoader(tiny, False, device='meta')
+    trained, _ = trained_by_warmup(module, monkeypatch, loader, test_loader)
     assert len(trained) == min(3, len(loader)) and trained.batch_size == batch_size
 
 
-def test_warmup_sees_the_smaller_last_batch(tiny, monkeypatch):
+@EACH_TRAIN
+def test_warmup_sees_the_smaller_last_batch(module, tiny, monkeypatch):
     options = dict(aug=hyp['aug'], device='meta')
     loader = CifarLoader(tiny, True, 200, drop_last=False, **options)
-    trained, _ = trained_by_warmup(monkeypatch, loader, batch_size=300)
+    trained, _ = trained_by_warmup(module, monkeypatch, loader, batch_size=300)
     assert [len(labels) for labels in trained.labels.split(300)] == [300, 300, 300, 200]
 
 
-def test_device_0_is_a_gpu(tiny):
-    if torch.cuda.is_available():
-        assert CifarLoader(tiny, device=0).images.device == torch.device('cuda:0')
-        return
+def test_a_device_that_is_a_number_is_a_gpu(tiny):
+    """Of which the tests see none."""
     with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA|accelerator'):
         CifarLoader(tiny, device=0)
     with pytest.raises((AssertionError, RuntimeError), match='CUDA|NVIDIA|accelerator'):
