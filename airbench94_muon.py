@@ -1028,9 +1028,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
         it is used: what a callback assigns to it has no effect.
-    test_loader: what to evaluate on (default: the test images of train_loader's folder, also where
-        train_loader's own have been replaced). Its images are normalised by train_loader's mean
-        and std.
+    test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
+        train_loader.images were replaced). Its images are normalised by train_loader's mean and
+        std.
     net: a Net to train on, in place, its first layer as it is (default: a new one, whitened). It
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
     seed: for PyTorch's global generators (default: they go on from where they are). So after each
@@ -1108,8 +1108,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         net.classes = loader.classes
     else:
         net = own_net
-        made = make_optimizer(net, h)
-        optimizers = made if isinstance(made, list) else [made]
+        optimizers = make_optimizer(net, h)
         schedulers = [
             LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, h))
             for optimizer in optimizers

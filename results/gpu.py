@@ -1,7 +1,7 @@
 """
-For a quarter of an hour on a GPU: what a step waits for, the timed series, trials of widths, a
-search. bench, runs and a search are each a loan's worth, with the start of the machine; the trials
-go beside a search. No command takes ten minutes:
+For a quarter of an hour on a GPU: what a step waits for, the timed series, trials of recipes, a
+search. bench and runs take a quarter of an hour each, with the start of the machine; trials and a
+search fit into one. No command takes ten minutes:
 
     python results/gpu.py bench --out DIR --seconds 570                # needs no data
     python results/gpu.py runs --out DIR --seconds 570 --data FOLDER   # the real data
@@ -10,11 +10,11 @@ go beside a search. No command takes ten minutes:
 
 bench and runs are lists of commands, the most important first. One that would not fit into the
 seconds that are left is skipped. The 570 seconds are enough for bench up to the tests on CUDA, and
-for both turns of runs, should each command take as long as it may. After each command all output
-and all logs are in DIR/bench.tar or DIR/runs.tar. bench trains on random images, which take as
-long as others. Work and compile caches are in --work, where a second call on the same machine finds
-those of the first. With --only NAME just the commands whose names contain it are run; with --tiny
-networks and batches are tiny, to try the program on a CPU.
+for both turns of runs, if no command takes longer than planned. One is stopped after twice as
+long. After each command all output and all logs are in DIR/bench.tar or DIR/runs.tar. bench trains
+on random images, which take as long as others. Work and compile caches are in --work, where a
+second call on the same machine finds those of the first. With --only NAME just the commands whose
+names contain it are run; with --tiny networks and batches are tiny, to try the program on a CPU.
 
 On the H200 airbench94_muon.py took 112 seconds until its first run, as it compiled, and for other
 widths it has to compile anew. So trials of other widths do not compile: they run at once, one
@@ -26,7 +26,8 @@ must be two more runs than changes. For 96% a run has 2.2 PFLOPs, and six at a t
 at 145 TFLOP/s: 420 seconds are for 24 runs, and 8 are needed. For 95% 18 are needed, of 0.45.
 
 All runs of trials and search that ended are in DIR/trials.tar or DIR/search.tar. These are written
-anew every 15 seconds, as the program may be killed. SIGTERM ends it, and what it has started.
+anew every 15 seconds, as the program may be killed. SIGTERM ends it, and what it has started; where
+only SIGKILL would do, kill the session.
 
 A probe (python results/gpu.py probe --script airbench94_muon --variant captured) times seven times
 20 steps of training on random images at each size and profiles five. It prints the median and the
@@ -333,7 +334,10 @@ def runs_plan(args):
 
 
 def start_process(command, output, args, **variables):
-    """Starts the command in a session of its own, so that stop_process ends its children too."""
+    """
+    Starts the command in a process group of its own, so that stop_process ends its children too. It
+    stays in this session: what kills all of a session ends it with this program.
+    """
     environment = dict(
         os.environ,
         PYTHONUNBUFFERED='1',
@@ -348,7 +352,7 @@ def start_process(command, output, args, **variables):
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,
         )
 
 
@@ -525,13 +529,15 @@ def run_all(args):
             continue
         begin = time.monotonic()
         output = folder / f'{name}.out'
-        process = start_process(command, output, args)
+        processes = []
         try:
-            code = process.wait(timeout=min(left, 2 * seconds))
+            processes.append(start_process(command, output, args))
+            code = processes[0].wait(timeout=min(left, 2 * seconds))
         except subprocess.TimeoutExpired:
             code = 'stopped'
         finally:
-            stop_process(process)
+            for process in processes:
+                stop_process(process)
             pack(args)
         print(f'{name}: {code}, {time.monotonic() - begin:.0f} s', flush=True)
         lines = [line for line in output_lines(output) if 'Profiler' not in line]
@@ -582,7 +588,11 @@ def main():
         parser.error(f'there are no trials for {args.target}: search instead')
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module('airbench94_muon')
-    print(script.device_name(torch.device(args.device)), flush=True)
+    if args.stage != 'probe':  # which names it in its record
+        try:
+            print(script.device_name(torch.device(args.device)), flush=True)
+        except (AssertionError, RuntimeError) as error:
+            parser.error(f'no device {args.device}: {str(error).splitlines()[0]}')
     if args.stage in ('trials', 'search'):
         # Once, as processes that download or unpack CIFAR-10 at once get in each other's way.
         is_folder = args.data != 'synthetic'
@@ -592,11 +602,17 @@ def main():
             parser.error(str(error))
     stage = dict(probe=probe, trials=trials, search=search, bench=run_all, runs=run_all)[args.stage]
     # So that SIGTERM, or a terminal that is closed, ends the program through its `finally`.
-    handlers = {
-        number: signal.signal(number, lambda *_: sys.exit(143))
-        for number in (signal.SIGTERM, signal.SIGHUP)
-    }
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def end(*_):
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # a second one is not to disturb the `finally`
+        sys.exit(143)
+
     try:
+        for number, handler in handlers.items():
+            if handler != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, end)
         stage(args)
     finally:
         for number, handler in handlers.items():

@@ -193,10 +193,20 @@ def cuda():
         pytest.skip('needs CUDA')
 
 
+def forget_compiled():
+    """Of the scripts, what they have compiled and recorded."""
+    for module in (airbench94_compiled, airbench94_muon):
+        module.captured_steps.clear()
+        module.compiled_net.cache_clear()
+
+
 @pytest.fixture
 def passed_through(monkeypatch):
     """torch.compile as a pass-through, for tests that are about something else."""
+    forget_compiled()
     monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+    yield
+    forget_compiled()
 
 
 FLAGS = ('--widths', '(8, 8, 8)', '--batch_size', '100', '--epochs', '1')

@@ -123,7 +123,7 @@ def test_a_callback_can_end_the_training(module, tiny, at, steps, monkeypatch):
     loader = CifarLoader(tiny, train=False)
     assert module.evaluate(net, loader, module.hyp['tta_level']) == rows[-1]['tta_val_acc']
     if module is airbench94_muon:  # whose Lookahead is of the last steps of the schedule alone
-        assert at == 3 or decays == []
+        assert decays == ([0.0, module.hyp['lookahead_decay']] if at == 3 else [])
     else:
         assert decays[-1] == 1.0
 
@@ -411,6 +411,9 @@ def test_warmup_on_a_device_trains_on_a_few_batches(module, tiny, monkeypatch):
         options |= dict(compile=True)
         _, found = trained_by_warmup(module, monkeypatch, loader, test_loader, **options)
         assert found['lr'] == 1e30 and 'weight_decay' not in found and found['compile']
+        if module is airbench94_compiled:
+            tested = found['test_loader']
+            assert [len(images) for images in tested.images.split(2000)] == [2000, 500]
 
 
 @EACH_TRAIN

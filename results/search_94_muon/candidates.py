@@ -8,8 +8,8 @@ A single run scatters too much to show 0.1 points, so no change is tried alone. 
 half of the changes are on, so that every run tells something of each of them: 32 runs measure
 16 changes as well as 32 runs would measure one (a fractional factorial design; D. C. Montgomery,
 "Design and Analysis of Experiments", chapter 8). That supposes that the effects add up. Fewer runs
-say less. The fewest that say anything are two more than there are changes, and a queue begins with
-runs that do.
+say less. The fewest that say anything are two more than there are changes, and the first of a queue
+are chosen so that these suffice.
 
 queue prints lines for search.py, each run with its own seed. effects prints what each change added
 to the accuracy, by least squares, with 95% intervals; runs with other changes are left out, and so
