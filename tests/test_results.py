@@ -470,6 +470,11 @@ def test_what_is_said_of_the_trials_for_95():
     _, (longer,) = summarize.read_logs([folder / 'wide24.jsonl'])
     assert f'3 gave {100 * longer["tta_val_acc"]:.2f} in a single run, after {first}' in page
 
+    _, (larger,) = summarize.read_logs([folder / 'larger17.jsonl'])
+    accuracy, times = 100 * larger['tta_val_acc'], larger['pflops'] / wide['pflops']
+    said = f'gave {accuracy:.2f} after {first}, for {times:.2f} times the compute.'
+    assert f'24 and 28 pixels, for 22 and 26, {said}' in page
+
 
 def test_what_is_said_of_other_views_for_95():
     from scipy import stats
