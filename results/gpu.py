@@ -400,7 +400,7 @@ def output_lines(file):
 # tile; for 95%, more of them, and what may keep these from learning the images by heart. What has
 # been tried so far is in search_95_muon/README.md.
 TRANSLATE_3 = ['--aug', '{"flip": True, "translate": 3}']
-LARGER_STAGES = ['--sizes', '((24, 0.3), (28, 0.6))']
+TRANSLATE_4 = ['--aug', '{"flip": True, "translate": 4}']
 TRIALS = {
     '94': [
         ['--widths', '(64, 256, 384)', '--epochs', '20'],
@@ -411,7 +411,7 @@ TRIALS = {
         ['--widths', '(96, 384, 512)'],
         ['--widths', '(96, 384, 512)', '--epochs', '24', *TRANSLATE_3],
         ['--widths', '(112, 448, 576)', '--epochs', '22', *TRANSLATE_3],
-        ['--widths', '(96, 384, 512)', '--epochs', '24', *TRANSLATE_3, *LARGER_STAGES],
+        ['--widths', '(96, 384, 512)', '--epochs', '24', *TRANSLATE_4],
         ['--widths', '(112, 448, 576)', '--epochs', '28', *TRANSLATE_3],
     ],
 }
