@@ -1042,8 +1042,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch.
-        The row's train_loss and train_acc are those of the epoch's last batch. Numbers drawn from
-        PyTorch's global generators in it change the training.
+        The row's train_loss and train_acc are those of the epoch's last batch. A callback that
+        draws from PyTorch's global generators changes the training.
         When compiled, net is shared by all runs of the process: keep copies of its state_dict(),
         not of net.
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
@@ -1247,7 +1247,7 @@ def merge(overrides):
 
     Raises TypeError for a name that hyp lacks, and ValueError for a value that makes no sense.
     """
-    # By the names of the original, and by the command line's.
+    # Names of the original, and of the command line.
     names_here = dict(learning_rate='lr', train_epochs='epochs', run='seed', gpu='device',
                       make_net='net', data='train_loader')
     for key in overrides:

@@ -1,7 +1,7 @@
 """
-For a quarter of an hour on a GPU: what a step waits for, the timed series, trials of recipes, a
-search. bench and runs take a quarter of an hour each, with the start of the machine; trials and a
-search fit into one. No command takes ten minutes:
+For a quarter of an hour on a GPU, under Linux: what a step waits for, the timed series, trials of
+recipes, a search. bench and runs take a quarter of an hour each, with the start of the machine;
+trials and a search fit into one. No command takes ten minutes:
 
     python results/gpu.py bench --out DIR --seconds 570                # needs no data
     python results/gpu.py runs --out DIR --seconds 570 --data FOLDER   # the real data
