@@ -39,15 +39,10 @@ from pathlib import Path
 
 START_TIME = time.perf_counter()  # importing PyTorch takes seconds
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-    from torch.optim.lr_scheduler import LambdaLR
-except KeyboardInterrupt:
-    if __name__ == '__main__':
-        sys.exit(130)
-    raise
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -68,8 +63,10 @@ hyp = dict(
     label_smoothing=0.2,
     whiten_bias_epochs=3,    # then the whitening layer's bias is frozen
     lookahead=True,          # see lookahead_update
-    lookahead_every=5,       # steps between its updates. When a share s of all steps is done, the
-    lookahead_decay=0.95,    # decay is lookahead_decay**lookahead_every * s**lookahead_power
+    lookahead_every=5,       # steps between its updates
+    # When a share s of all steps is done, the decay of an update is
+    # lookahead_decay**lookahead_every * s**lookahead_power.
+    lookahead_decay=0.95,
     lookahead_power=3,
     aug=dict(flip=True, translate=2),  # translate is in pixels
     altflip=True,            # mirror in every other epoch, not at random
@@ -262,7 +259,7 @@ class CifarLoader:
         n = len(self.images)
         device = self.images.device
         # Alternating flip: a coin is tossed for each image in the first epoch, and turned over in
-        # each epoch after it. So every two epochs show both sides of all images.
+        # each epoch after it. So two epochs show both sides of each image that is in both.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
         flip_mask = self.flip_mask.to(device)
@@ -382,6 +379,7 @@ class Net(nn.Module):
     def __init__(self, h=hyp, num_classes=10, device='cpu', dtype=torch.float32):
         super().__init__()
         width1, width2, width3 = h['widths']
+        # 24: the 12 eigenvectors of 2x2 patches of three channels, and their negatives.
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad = False
         nn.init.zeros_(self.whiten.bias)
@@ -512,7 +510,8 @@ def views_of(images, tta_level, mirror):
     The views of normalised images over which logits are averaged (the paper, section 3.5).
 
     tta_level: 0 for the images; 1 for their mirror images too; 2 for these two, and for the same
-        two moved by one pixel, once down and right, once up and left.
+        two moved by one pixel, once down and right, once up and left. Those that are not moved
+        have half of the weight.
     mirror: False leaves all mirror images out.
 
     Returns pairs of a weight and a view. The weights add up to 1. Raises ValueError for another
@@ -925,14 +924,17 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 loss, logits = train_step(net, optimizer, inputs, labels, h['label_smoothing'])
                 scheduler.step()
             step += 1
+            # The decay grows: the network moves fast at first, and is averaged strongly at the end.
             if h['lookahead'] and step % h['lookahead_every'] == 0:
                 decay = h['lookahead_decay']**h['lookahead_every']
                 decay = decay * (step / total_steps)**h['lookahead_power']
                 lookahead_update(average, state, decay)
             if step == total_steps:
                 break
-        if h['lookahead'] and step == total_steps:
-            lookahead_update(average, state, decay=1.0)  # the network becomes the average
+        # The network becomes the average, which the steps since its last update are not in. Before
+        # the first update there is no average.
+        if h['lookahead'] and step == total_steps and step >= h['lookahead_every']:
+            lookahead_update(average, state, decay=1.0)
         seconds += synchronized_time(device) - start
 
         net.eval()
@@ -952,7 +954,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                                      'are not finite')
         start = synchronized_time(device)
         if stop:
-            if h['lookahead']:
+            if h['lookahead'] and step >= h['lookahead_every']:
                 lookahead_update(average, state, decay=1.0)
             break
 
@@ -1157,10 +1159,13 @@ def print_row(row):
     print('|  ' + '  |  '.join(cells) + '  |', flush=True)
 
 
-def print_summary(runs, synthetic):
+def print_summary(runs, synthetic, changed):
+    """changed: in what the versions of these runs differ, see open_log."""
     finished = [run for run in runs if not run['diverged']]
     if synthetic:
         print('SYNTHETIC data: ', end='')
+    if changed:
+        print(f'Of more than one {" and ".join(changed)}: ', end='')
     print(f'{len(runs)} runs, {len(runs) - len(finished)} diverged')
     for key in ('tta_val_acc', 'seconds', 'pflops'):
         values = [run[key] for run in finished]
@@ -1185,10 +1190,9 @@ def count_pflops(h, steps, test_size, num_classes=10, total_steps=None):
         depends on it (default: steps).
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it can import Triton
-    views = {0: 1, 1: 2, 2: 6}[h['tta_level']]
-    if h['tta_level'] > 0 and not h['aug'].get('flip'):
-        views = views // 2
-    images = 3 * steps * h['batch_size'] + views * test_size
+    mirror = bool(h['aug'].get('flip'))  # as in train
+    views = views_of(torch.empty(1, 3, 32, 32), h['tta_level'], mirror)
+    images = 3 * steps * h['batch_size'] + len(views) * test_size
     net = Net(h, num_classes, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.empty(images, 3, 32, 32, device='meta'))
@@ -1261,7 +1265,8 @@ def lock(file):
 
 def open_log(path, header):
     """
-    Opens a log to add runs to it. Returns the file and the runs that it holds.
+    Opens a log to add runs to it. Returns the file, the runs that it holds, and in what some of
+    these differ from header, a list as ['device'].
 
     Drops a last line that was cut off. Adds the header if the latest in the log says something
     else, and says if there are runs of another version. Raises ValueError if the log is that of
@@ -1287,17 +1292,24 @@ def open_log(path, header):
             elif size < len(text):
                 print(f'note: {path} ended in a torn line, which was dropped', file=sys.stderr)
                 log.truncate(size)
-        version = ('source', 'torch', 'device', 'threads')
+        version = dict(source='version of the script', torch='PyTorch', device='device',
+                       threads='number of threads')
         if not headers or any(headers[-1].get(key) != header[key] for key in version):
             print(json.dumps(header), file=log)
-        changed = [key for key in version if any(old.get(key) != header[key] for old in headers)]
+        changed = [
+            name for key, name in version.items()
+            if any(old.get(key) != header[key] for old in headers)
+        ]
+        if not runs:
+            changed = []  # what was begun has not ended a run
         if changed:
-            print(f'note: {path} was begun with another {" and ".join(changed)}. Its runs count, '
-                  'and are not run again: to compare, name another with --log', file=sys.stderr)
+            print(f'note: {path} has runs of another {" and ".join(changed)}. The means include '
+                  'them, and their seeds are not run again. To measure without them, name another '
+                  'with --log', file=sys.stderr)
     except OSError as error:
         raise ValueError(f'cannot write the log {path} ({error.strerror}): name another with '
                          '--log') from error
-    return log, runs
+    return log, runs, changed
 
 
 def run_once(train_loader, test_loader, seed, dtype, h):
@@ -1467,7 +1479,7 @@ def main():
             source=Path(__file__).read_text(encoding='utf-8'),
         )
         set_up_process(args.device)
-        log, runs = open_log(path, header)
+        log, runs, changed = open_log(path, header)
         done = {run['seed'] for run in runs + others}
         seeds = range(first_seed + rank, first_seed + args.runs, world_size)
         if args.save:
@@ -1516,7 +1528,7 @@ def main():
     finally:
         if world_size > 1:
             print(f'These are the runs of rank 0, of {world_size} ranks:')
-        print_summary(runs, header['synthetic'])
+        print_summary(runs, header['synthetic'], changed)
     return 0
 
 

@@ -7,8 +7,9 @@ On that GPU the first start takes 112 s until the first run, as it compiles, and
 
 The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv
 2404.00498), called "the paper" below. Relative to airbench94.py:
-- Muon optimises the filters of the blocks. Its hyperparameters, batches of 2,000, the biases' lr,
-  the weight decay and an lr without warm-up come from Jordan's own airbench94_muon.py;
+- Muon optimises the filters of the blocks. Its hyperparameters, filters without weight decay,
+  batches of 2,000, the biases' lr and an lr without warm-up come from Jordan's own
+  airbench94_muon.py;
 - most steps see the images reduced to 22 and 26 pixels;
 - the first block has 2x2 convolutions;
 - the first convolutions of blocks 1 and 2, before a pool, have fewer channels, all others more;
@@ -49,15 +50,10 @@ from pathlib import Path
 
 START_TIME = time.perf_counter()  # importing PyTorch takes seconds
 
-try:
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-    from torch.optim.lr_scheduler import LambdaLR
-except KeyboardInterrupt:
-    if __name__ == '__main__':
-        sys.exit(130)
-    raise
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -274,7 +270,7 @@ class CifarLoader:
         n = len(self.images)
         device = self.images.device
         # Alternating flip: a coin is tossed for each image in the first epoch, and turned over in
-        # each epoch after it. So every two epochs show both sides of all images.
+        # each epoch after it. So two epochs show both sides of each image that is in both.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
         flip_mask = self.flip_mask.to(device)
@@ -416,8 +412,8 @@ class Block(nn.Module):
     """
     Two convolutions, each with a norm and a GELU.
 
-    The first has at most twice the channels that come in. Where a pool follows it, it works on
-    larger maps than the second, and costs more.
+    The first has at most twice the channels that come in, to save compute: where a pool follows
+    it, its maps are larger than those of the second.
 
     pool1: whether a pool follows the first convolution, before its norm.
     pool2: whether a pool follows the second convolution, before its norm.
@@ -460,6 +456,7 @@ class Net(nn.Module):
     def __init__(self, h=hyp, num_classes=10, device='cpu', dtype=torch.float32):
         super().__init__()
         width1, width2, width3 = h['widths']
+        # 24: the 12 eigenvectors of 2x2 patches of three channels, and their negatives.
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad = False
         nn.init.zeros_(self.whiten.bias)
@@ -642,7 +639,7 @@ def make_optimizer(net, h):
     ]
     fused = head.is_cuda  # one kernel for all weights
     sgd = torch.optim.SGD(groups, momentum=h['momentum'], nesterov=h['momentum'] > 0, fused=fused)
-    # In bfloat16 where the network is in half precision: a CPU that trains in float32 may lack it.
+    # In bfloat16, unless the network is in float32: a CPU that trains in float32 may lack bfloat16.
     half_precision = net.autocast or head.dtype == torch.float16
     dtype = torch.bfloat16 if half_precision else head.dtype
     muon = Muon(filters, h['muon_lr'], h['muon_momentum'], dtype=dtype)
@@ -1153,7 +1150,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
         for inputs, labels in loader:
             size = image_size(step, total_steps, h)
-            # At first small images cost little, and less than crops do (results/search_94_muon).
+            # Early in training small images cost little accuracy, and less than crops do
+            # (results/search_94_muon).
             if size < 32:
                 inputs = resize(inputs, size)
             if h['compile']:
@@ -1394,10 +1392,13 @@ def print_row(row):
     print('|  ' + '  |  '.join(cells) + '  |', flush=True)
 
 
-def print_summary(runs, synthetic):
+def print_summary(runs, synthetic, changed):
+    """changed: in what the versions of these runs differ, see open_log."""
     finished = [run for run in runs if not run['diverged']]
     if synthetic:
         print('SYNTHETIC data: ', end='')
+    if changed:
+        print(f'Of more than one {" and ".join(changed)}: ', end='')
     print(f'{len(runs)} runs, {len(runs) - len(finished)} diverged')
     for key in ('tta_val_acc', 'seconds', 'pflops'):
         values = [run[key] for run in finished]
@@ -1509,7 +1510,8 @@ def lock(file):
 
 def open_log(path, header):
     """
-    Opens a log to add runs to it. Returns the file and the runs that it holds.
+    Opens a log to add runs to it. Returns the file, the runs that it holds, and in what some of
+    these differ from header, a list as ['device'].
 
     Drops a last line that was cut off. Adds the header if the latest in the log says something
     else, and says if there are runs of another version. Raises ValueError if the log is that of
@@ -1535,17 +1537,24 @@ def open_log(path, header):
             elif size < len(text):
                 print(f'note: {path} ended in a torn line, which was dropped', file=sys.stderr)
                 log.truncate(size)
-        version = ('source', 'torch', 'device', 'threads')
+        version = dict(source='version of the script', torch='PyTorch', device='device',
+                       threads='number of threads')
         if not headers or any(headers[-1].get(key) != header[key] for key in version):
             print(json.dumps(header), file=log)
-        changed = [key for key in version if any(old.get(key) != header[key] for old in headers)]
+        changed = [
+            name for key, name in version.items()
+            if any(old.get(key) != header[key] for old in headers)
+        ]
+        if not runs:
+            changed = []  # what was begun has not ended a run
         if changed:
-            print(f'note: {path} was begun with another {" and ".join(changed)}. Its runs count, '
-                  'and are not run again: to compare, name another with --log', file=sys.stderr)
+            print(f'note: {path} has runs of another {" and ".join(changed)}. The means include '
+                  'them, and their seeds are not run again. To measure without them, name another '
+                  'with --log', file=sys.stderr)
     except OSError as error:
         raise ValueError(f'cannot write the log {path} ({error.strerror}): name another with '
                          '--log') from error
-    return log, runs
+    return log, runs, changed
 
 
 def run_once(train_loader, test_loader, seed, dtype, h):
@@ -1715,7 +1724,7 @@ def main():
             source=Path(__file__).read_text(encoding='utf-8'),
         )
         set_up_process(args.device)
-        log, runs = open_log(path, header)
+        log, runs, changed = open_log(path, header)
         done = {run['seed'] for run in runs + others}
         seeds = range(first_seed + rank, first_seed + args.runs, world_size)
         if args.save:
@@ -1764,7 +1773,7 @@ def main():
     finally:
         if world_size > 1:
             print(f'These are the runs of rank 0, of {world_size} ranks:')
-        print_summary(runs, header['synthetic'])
+        print_summary(runs, header['synthetic'], changed)
     return 0
 
 

@@ -794,14 +794,17 @@ def test_each_rerun_says_that_the_log_has_runs_of_another_source(main, monkeypat
         for _ in range(2):
             code, out, err = main(airbench94)
             assert code == 0 and 'seed 0' not in out and len(err.splitlines()) == 1
-            assert 'log.jsonl was begun with another source. Its runs count' in err
+            assert 'log.jsonl has runs of another version of the script. The means' in err
+            assert 'Of more than one version of the script: 1 runs, 0 diverged' in out
     assert [len(records) for records in read('log.jsonl')] == [2, 1]
 
 
 def test_another_torch_or_source_is_another_header(main, monkeypatch):
     assert main(airbench94)[0] == 0
     monkeypatch.setattr(torch, '__version__', '99.0')
-    assert main(airbench94, '--runs', 2)[0] == 0
+    code, out, err = main(airbench94, '--runs', 2)
+    assert code == 0 and 'log.jsonl has runs of another PyTorch. The means' in err
+    assert 'Of more than one PyTorch: 2 runs, 0 diverged' in out
     headers, runs = read('log.jsonl')
     assert [header['torch'] == '99.0' for header in headers] == [False, True] and len(runs) == 2
     assert headers[0]['seed'] == headers[1]['seed']

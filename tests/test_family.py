@@ -57,7 +57,7 @@ OWN = {
     },
 }
 # Of the diff.
-MOST_LINES = dict(airbench94_muon=790, airbench95=20, airbench96=60, airbench94_compiled=360)
+MOST_LINES = dict(airbench94_muon=800, airbench95=20, airbench96=60, airbench94_compiled=360)
 SCRIPTS = ('airbench94', *OWN)
 
 

@@ -1,10 +1,9 @@
-"""What a platform may lack: Windows, macOS, a notebook; and being stopped while importing."""
+"""What a platform may lack: Windows, macOS, a notebook."""
 
 import importlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -106,32 +105,3 @@ def test_a_script_pasted_into_a_notebook(script, one_batch):
     net = cell['train'](loader, epochs=1, widths=(8, 8, 8), dtype='float32', verbose=False)
     assert cell['infer'](net, loader).shape == (110, 10)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_ctrl_c_while_importing_is_quiet(tmp_path):
-    """In place of PyTorch there is a module that is interrupted as it is imported."""
-    (tmp_path / 'torch').mkdir()
-    stop = (
-        'import os, signal, time\n'
-        # A shell starts its background processes with SIGINT ignored, this test's among them.
-        'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
-        'os.kill(os.getpid(), signal.SIGINT)\n'
-        'time.sleep(60)\n'
-    )
-    (tmp_path / 'torch' / '__init__.py').write_text(stop)
-
-    def python(*arguments):
-        path = os.pathsep.join((str(tmp_path), str(ROOT)))
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            env=dict(os.environ, PYTHONPATH=path),
-            timeout=50,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    assert python(ROOT / 'airbench94.py') == (130, '', '')
-    # Who imports it, at a prompt for example, goes on.
-    code = 'try:\n import airbench94\nexcept KeyboardInterrupt:\n print("interrupted")'
-    assert python('-c', code) == (0, 'interrupted\n', '')

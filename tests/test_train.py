@@ -228,16 +228,35 @@ def test_any_number_of_steps(tiny, steps):
 
 
 def test_lookahead_ends_with_the_average(tiny):
-    """In four steps the average is never updated, and so the network returns to where it began."""
+    """The steps after its last update are not in it. Before the first there is no average."""
 
     def after(steps, **options):
         return train(
             tiny_loader(tiny), epochs=steps / 11, seed=3, verbose=False, **options, **SMALL
         ).linear.weight
 
-    assert torch.equal(after(1), after(4))
-    assert not torch.equal(after(1), after(5))
-    assert not torch.equal(after(1, lookahead=False), after(4, lookahead=False))
+    schedule = dict(lr_start=1, lr_peak=0, lr_end=1, lookahead_power=0)  # alike for any steps
+    assert torch.equal(after(5, **schedule), after(9, **schedule))
+    assert not torch.equal(after(9, **schedule), after(10, **schedule))
+
+
+@pytest.mark.parametrize('module', [airbench94, airbench94_compiled])
+@pytest.mark.parametrize(
+    'steps, options',
+    [(4, dict(epochs=4 / 11)), (3, dict(epochs=2, batch_size=30, callback=lambda *_: True))],
+)
+def test_a_training_that_ends_before_lookaheads_first_update(module, steps, options, tiny):
+    """By its length, or by the callback. It keeps what it has learned: there is no average."""
+    options = small(module, seed=3, verbose=False) | options
+    net, without, other = (
+        module.train(tiny_loader(tiny), **options, **lookahead)
+        for lookahead in (
+            dict(lookahead_every=steps + 1),
+            dict(lookahead=False),
+            dict(lookahead_every=steps),
+        )
+    )
+    assert same_state(net, without) and not same_state(net, other)
 
 
 def test_lookahead_is_of_all_the_network_and_of_every_fifth_step(tiny, monkeypatch):
