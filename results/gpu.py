@@ -411,7 +411,7 @@ TRIALS = {
         ['--widths', '(96, 384, 512)'],
         ['--widths', '(96, 384, 512)', '--epochs', '24', *TRANSLATE_3],
         ['--widths', '(112, 448, 576)', '--epochs', '22', *TRANSLATE_3],
-        ['--widths', '(96, 384, 512)', '--epochs', '24', *TRANSLATE_4],
+        ['--widths', '(96, 384, 512)', '--epochs', '36', *TRANSLATE_4],
         ['--widths', '(112, 448, 576)', '--epochs', '28', *TRANSLATE_3],
     ],
 }
