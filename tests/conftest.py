@@ -13,6 +13,11 @@ from pathlib import Path
 
 CUDA_ENVIRONMENT = dict(os.environ)  # for processes that may use a GPU
 os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the tests are of the CPU, also where there is a GPU
+# With pytest-xdist the processes of the tests share the cores: threads that wait for each other
+# would be slower than one.
+workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+if workers > 1:
+    os.environ['OMP_NUM_THREADS'] = str(max(1, os.cpu_count() // workers))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

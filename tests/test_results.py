@@ -517,6 +517,13 @@ def test_what_is_said_of_other_views_for_95():
 
 def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatch, capsys):
     h = dict(airbench94_muon.hyp, widths=(4, 8, 8))
+    synthetic_split = airbench94_muon.synthetic_split
+
+    def split(train):
+        n = 5000 if train else 200
+        return {key: value[:n] for key, value in synthetic_split(train).items()}
+
+    monkeypatch.setattr(airbench94_muon, 'synthetic_split', split)
     train_loader = airbench94_muon.CifarLoader('synthetic', batch_size=500, device='cpu')
     net = airbench94_muon.train(train_loader, widths=h['widths'], epochs=1, seed=1, verbose=False)
     loader = airbench94_muon.CifarLoader('synthetic', train=False, device='cpu')
