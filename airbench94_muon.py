@@ -1398,7 +1398,7 @@ def print_summary(runs, synthetic, changed):
     if synthetic:
         print('SYNTHETIC data: ', end='')
     if changed:
-        print(f'Of more than one {" and ".join(changed)}: ', end='')
+        print(f'With runs of another {" and ".join(changed)}: ', end='')
     print(f'{len(runs)} runs, {len(runs) - len(finished)} diverged')
     for key in ('tta_val_acc', 'seconds', 'pflops'):
         values = [run[key] for run in finished]

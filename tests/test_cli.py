@@ -785,7 +785,7 @@ def test_other_seeds_are_added_to_a_log(main):
 
 
 def test_each_rerun_says_that_the_log_has_runs_of_another_source(main, monkeypatch):
-    """Not only the first one. Only one header is added."""
+    """Not only the first one. Only one header is added. A log without runs has none of another."""
     code, _, err = main(airbench94)
     assert (code, err) == (0, '')
     read_text = Path.read_text
@@ -795,7 +795,10 @@ def test_each_rerun_says_that_the_log_has_runs_of_another_source(main, monkeypat
             code, out, err = main(airbench94)
             assert code == 0 and 'seed 0' not in out and len(err.splitlines()) == 1
             assert 'log.jsonl has runs of another version of the script. The means' in err
-            assert 'Of more than one version of the script: 1 runs, 0 diverged' in out
+            assert 'With runs of another version of the script: 1 runs, 0 diverged' in out
+        Path('begun.jsonl').write_text(Path('log.jsonl').read_text().splitlines()[0] + '\n')
+        code, out, err = main(airbench94, '--log', 'begun.jsonl')
+        assert (code, err) == (0, '') and 'With runs' not in out
     assert [len(records) for records in read('log.jsonl')] == [2, 1]
 
 
@@ -804,7 +807,7 @@ def test_another_torch_or_source_is_another_header(main, monkeypatch):
     monkeypatch.setattr(torch, '__version__', '99.0')
     code, out, err = main(airbench94, '--runs', 2)
     assert code == 0 and 'log.jsonl has runs of another PyTorch. The means' in err
-    assert 'Of more than one PyTorch: 2 runs, 0 diverged' in out
+    assert 'With runs of another PyTorch: 2 runs, 0 diverged' in out
     headers, runs = read('log.jsonl')
     assert [header['torch'] == '99.0' for header in headers] == [False, True] and len(runs) == 2
     assert headers[0]['seed'] == headers[1]['seed']
