@@ -251,7 +251,7 @@ class CifarLoader:
         n = len(self.images)
         device = self.images.device
         # Alternating flip: a coin is tossed for each image in the first epoch, and turned over in
-        # each epoch after it. So two epochs show both sides of each image that is in both.
+        # each epoch after it. So two epochs in a row show both sides of each image that is in both.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
         flip_mask = self.flip_mask.to(device)
@@ -631,7 +631,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 lookahead_update(average, state, decay)
             if step == total_steps:
                 break
-        # The network becomes the average, which the steps since its last update are not in. Before
+        # The network becomes the average. The steps since the last update are not in it, and before
         # the first update there is no average.
         if h['lookahead'] and step == total_steps and step >= h['lookahead_every']:
             lookahead_update(average, state, decay=1.0)
@@ -846,7 +846,7 @@ def print_row(row):
 
 
 def print_summary(runs, synthetic, changed):
-    """changed: in what the versions of these runs differ, see open_log."""
+    """changed: what differs between the versions of these runs, see open_log."""
     finished = [run for run in runs if not run['diverged']]
     if synthetic:
         print('SYNTHETIC data: ', end='')
@@ -951,8 +951,8 @@ def lock(file):
 
 def open_log(path, header):
     """
-    Opens a log to add runs to it. Returns the file, the runs that it holds, and in what some of
-    these differ from header, a list as ['device'].
+    Opens a log to add runs to it. Returns the file, the runs that it holds, and a list of what
+    differs between header and the headers of these runs, as ['device'].
 
     Drops a last line that was cut off. Adds the header if the latest in the log says something
     else, and says if there are runs of another version. Raises ValueError if the log is that of
@@ -987,7 +987,7 @@ def open_log(path, header):
             if any(old.get(key) != header[key] for old in headers)
         ]
         if not runs:
-            changed = []  # what was begun has not ended a run
+            changed = []  # as of a log whose first run was stopped
         if changed:
             print(f'note: {path} has runs of another {" and ".join(changed)}. The means include '
                   'them, and their seeds are not run again. To measure without them, name another '
