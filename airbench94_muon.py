@@ -196,9 +196,9 @@ class CifarLoader:
 
     Attributes can be replaced: images, float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,),
     by a subset for example; mean and std, three numbers each, and classes, a list of names, by
-    those of other data. For the indices of a batch's images, let loader.labels = torch.arange(N,
-    device=loader.labels.device), and look the labels up by them. Raises ValueError for what does
-    not fit together.
+    those of other data. A loop of your own gets the indices of a batch's images if loader.labels =
+    torch.arange(N, device=loader.labels.device); train refuses such labels, and evaluate would
+    compare with them. Raises ValueError for what does not fit together.
 
     Each iteration is an epoch and is counted, as altflip needs it. Before another training in a
     loop of your own, let loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
@@ -971,15 +971,18 @@ captured_steps = {}  # the latest of the process, by what it depends on
 def captured_step(h, num_classes, device, dtype):
     """
     The CapturedStep of these hyperparameters. It is made anew after a change of them, of Net, of
-    make_optimizer or of train_step. After another change, as of a value besides h that
-    make_optimizer reads, call captured_steps.clear() and compiled_net.cache_clear().
+    make_optimizer or of train_step, and of the lr and the like that make_optimizer gives. After
+    another change, as of Block, call captured_steps.clear() and compiled_net.cache_clear().
     """
     of_step = {key: value for key, value in h.items() if key not in SCHEDULE}
-    key = repr((of_step, num_classes, device, dtype)), Net, make_optimizer, train_step
+    net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
+                       num_classes, device, dtype)
+    net.whiten.bias.requires_grad_(True)  # also in make_optimizer, which may ask for it
+    # The text of an optimizer has all its values: not all of them need be from h.
+    values = of_step, num_classes, device, dtype, make_optimizer(net, h)
+    key = repr(values), Net, make_optimizer, train_step
     if key not in captured_steps:
         captured_steps.clear()
-        net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
-                           num_classes, device, dtype)
         captured_steps[key] = CapturedStep(net, h)
     captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
@@ -1024,12 +1027,14 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     Trains a network and returns it, in evaluation mode. Its attribute classes names the classes.
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
-        it is used: what a callback assigns to it has no effect.
+        it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
+        how a new network whitens: shuffle images that are sorted.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
     net: a Net to train on, in place, its first layer as it is (default: a new one, whitened). It
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
+        The schedule, the optimizer and Lookahead begin anew.
     seed: for PyTorch's global generators (default: they go on from where they are). So after each
         training of one seed they draw the same: take a torch.Generator of your own for random
         subsets or labels. Trainings in two threads share the global ones, and cannot be
@@ -1206,7 +1211,8 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     timing.
 
     On a GPU the first use of each kernel is slow. The arguments are those of train; net, seed,
-    verbose and callback have no effect.
+    verbose and callback have no effect. Seed PyTorch's global generators after it, as the training
+    draws from them.
     """
     if device is None:
         device = DEVICE if train_loader is None else train_loader.images.device

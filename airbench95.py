@@ -177,9 +177,9 @@ class CifarLoader:
 
     Attributes can be replaced: images, float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,),
     by a subset for example; mean and std, three numbers each, and classes, a list of names, by
-    those of other data. For the indices of a batch's images, let loader.labels = torch.arange(N,
-    device=loader.labels.device), and look the labels up by them. Raises ValueError for what does
-    not fit together.
+    those of other data. A loop of your own gets the indices of a batch's images if loader.labels =
+    torch.arange(N, device=loader.labels.device); train refuses such labels, and evaluate would
+    compare with them. Raises ValueError for what does not fit together.
 
     Each iteration is an epoch and is counted, as altflip needs it. Before another training in a
     loop of your own, let loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
@@ -514,12 +514,14 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     Trains a network and returns it, in evaluation mode. Its attribute classes names the classes.
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
-        it is used: what a callback assigns to it has no effect.
+        it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
+        how a new network whitens: shuffle images that are sorted.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
     net: a Net to train on, in place, its first layer as it is (default: a new one, whitened). It
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
+        The schedule, the optimizer and Lookahead begin anew.
     seed: for PyTorch's global generators (default: they go on from where they are). So after each
         training of one seed they draw the same: take a torch.Generator of your own for random
         subsets or labels. Trainings in two threads share the global ones, and cannot be
@@ -528,9 +530,10 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     dtype: see Net; its name will do (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
-        with the table's row as a dict. If it returns True, the training ends with that epoch.
-        The row's train_loss and train_acc are those of the epoch's last batch. A callback that
-        draws from PyTorch's global generators changes the training.
+        with the table's row as a dict. If it returns True, the training ends with that epoch, and
+        the network becomes Lookahead's average, as it always does at the end. The row's
+        train_loss and train_acc are those of the epoch's last batch. A callback that draws from
+        PyTorch's global generators changes the training.
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
         them, those of train_loader are taken.
 
@@ -671,7 +674,8 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     Sets the process up and, on a GPU, trains for a moment. To be called once, before the timing.
 
     On a GPU the first use of each kernel is slow. The arguments are those of train; net, seed,
-    verbose and callback have no effect.
+    verbose and callback have no effect. Seed PyTorch's global generators after it, as the training
+    draws from them.
     """
     if device is None:
         device = DEVICE if train_loader is None else train_loader.images.device

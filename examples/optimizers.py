@@ -88,7 +88,12 @@ def main():
                 return code
     for name in OPTIMIZERS:
         # torchrun's processes have a log each, optimizer_sgd.rank0.jsonl for example.
-        _, logged = summarize.read_logs(sorted(args.folder.glob(f'optimizer_{name}.*jsonl')))
+        logs = sorted(args.folder.glob(f'optimizer_{name}.*jsonl'))
+        try:
+            _, logged = summarize.read_logs(logs)
+        except ValueError as error:  # as of a seed that ran both with torchrun and without
+            print(f'optimizers: error: {error}', file=sys.stderr)
+            return 2
         summary = summarize.summarize(logged)
         line = f'{name:6} n {summary["n"]}'
         if summary['diverged'] > 0:

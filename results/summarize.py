@@ -51,7 +51,7 @@ def read_logs(paths):
     The last header and the runs of these logs, each with what VERSION names. ValueError where they
     do not go together.
     """
-    header, runs, seeds = None, [], {}
+    header, recipe, runs, seeds = None, {}, [], {}
     for path in paths:
         try:
             with open(path) as file:
@@ -72,16 +72,13 @@ def read_logs(paths):
             raise ValueError(f'{path} is not a log of the scripts')
         for record in records:
             if record['type'] == 'header':
-                # Logs can be older than a hyperparameter, and are compared under those they share.
-                mine, other = (
-                    {key: of[key] for key in SAME} | of['hyperparameters']
-                    for of in (record, header or record)
-                )
-                for key in mine.keys() & other.keys():
-                    if mine[key] != other[key]:
+                # Logs can be older than a hyperparameter. It is compared where they have it.
+                mine = {key: record[key] for key in SAME} | record['hyperparameters']
+                for key, value in mine.items():
+                    if recipe.setdefault(key, value) != value:
                         raise ValueError(
                             f'{path} holds runs of another {key} than {paths[0]}: '
-                            f'{mine[key]}, not {other[key]}'
+                            f'{value}, not {recipe[key]}'
                         )
                 header = record
             else:

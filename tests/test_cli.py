@@ -229,10 +229,16 @@ def test_every_hyperparameter_is_a_flag(main, monkeypatch):
         calls.append({**options, 'loader': (loader.batch_size, loader.aug)})
         return real_train(loader, test_loader, **options)
 
+    def warmup(loader, test_loader, *, dtype, **options):
+        warmed.append((loader.batch_size, len(test_loader.images), dtype, options))
+
+    warmed = []
     monkeypatch.setattr(airbench94, 'train', train)
+    monkeypatch.setattr(airbench94, 'warmup', warmup)
     flags = [word for key, value in h.items() for word in (f'--{key}', value)]
-    code, _, err = main(airbench94, *flags)
+    code, _, err = main(airbench94, *flags, '--dtype', 'float32')
     assert code == 0, err
+    assert warmed == [(50, 96, 'float32', h)]
     assert {key: calls[0][key] for key in h} == h and calls[0]['loader'] == (50, dict(flip=False))
     assert read('log.jsonl')[0][0]['hyperparameters'] == json.loads(json.dumps(h))
     assert read('log.jsonl')[1][0]['pflops'] == airbench94.count_pflops(h, 2, 96)
@@ -802,14 +808,25 @@ def test_each_rerun_says_that_the_log_has_runs_of_another_source(main, monkeypat
     assert [len(records) for records in read('log.jsonl')] == [2, 1]
 
 
-def test_another_torch_or_source_is_another_header(main, monkeypatch):
+@pytest.mark.parametrize(
+    'module, name, other, key, value, what',
+    [
+        (torch, '__version__', '99.0', 'torch', '99.0', 'PyTorch'),
+        (airbench94, 'device_name', lambda device: 'abacus', 'device', 'abacus', 'device'),
+        (torch, 'get_num_threads', lambda: 99, 'threads', 99, 'number of threads'),
+    ],
+    ids=['torch', 'device', 'threads'],
+)
+def test_another_torch_or_machine_is_another_header(
+    main, monkeypatch, module, name, other, key, value, what
+):
     assert main(airbench94)[0] == 0
-    monkeypatch.setattr(torch, '__version__', '99.0')
+    monkeypatch.setattr(module, name, other)
     code, out, err = main(airbench94, '--runs', 2)
-    assert code == 0 and 'log.jsonl has runs of another PyTorch. The means' in err
-    assert 'With runs of another PyTorch: 2 runs, 0 diverged' in out
+    assert code == 0 and f'log.jsonl has runs of another {what}. The means' in err
+    assert f'With runs of another {what}: 2 runs, 0 diverged' in out
     headers, runs = read('log.jsonl')
-    assert [header['torch'] == '99.0' for header in headers] == [False, True] and len(runs) == 2
+    assert [header[key] == value for header in headers] == [False, True] and len(runs) == 2
     assert headers[0]['seed'] == headers[1]['seed']
 
 

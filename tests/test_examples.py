@@ -69,7 +69,8 @@ def test_the_subsets_of_data_selection(tmp_path, monkeypatch, selection):
     images = whole.images.flatten(1)
     indices = [torch.cdist(loader.images.flatten(1), images).argmin(1)
                for loader in (at_random, least)]  # fmt: skip
-    assert torch.equal(indices[1], confidence.argsort()[:180])
+    assert torch.equal(indices[1], confidence.argsort()[:180].sort().values)  # in their old order
+    assert torch.equal(indices[0], indices[0].sort().values)
     assert (
         len(indices[0].unique()) == 180
         and 90 < len(set(indices[0].tolist()) & set(indices[1].tolist())) < 130
@@ -77,6 +78,18 @@ def test_the_subsets_of_data_selection(tmp_path, monkeypatch, selection):
     for loader, of_loader in zip((at_random, least), indices, strict=True):
         assert torch.equal(loader.images, whole.images[of_loader])
         assert torch.equal(loader.labels, whole.labels[of_loader])
+
+
+def test_data_selection_of_less_than_a_batch(tmp_path, monkeypatch, capsys, selection):
+    """Said before the first training."""
+    loaders, _ = selection
+    for name in ('train', 'test'):
+        write_split(tmp_path / f'{name}.pt', 80, seed=0)
+    words = ['--data', tmp_path, '--log', tmp_path / 'log.jsonl']
+    assert run_example('data_selection', words, monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert err == 'data_selection: error: 60% of the images are 48, less than a batch\n'
+    assert loaders == [] and not (tmp_path / 'log.jsonl').exists()
 
 
 def test_data_selection_without_data(tmp_path, monkeypatch, capsys):
@@ -142,6 +155,12 @@ def test_optimizers(tmp_path, monkeypatch, small, capsys):
     header, runs = summarize.read_logs([folder / 'optimizer_adamw.rank1.jsonl'])
     assert header['seed'] == 10 and [run['seed'] for run in runs] == [11]
 
+    log = folder / 'optimizer_sgd.rank1.jsonl'
+    (folder / 'optimizer_sgd.rank7.jsonl').write_text(log.read_text())
+    capsys.readouterr()
+    assert run_example('optimizers', words, monkeypatch) == 2
+    assert 'optimizers: error: seed 11 stands in ' in capsys.readouterr().err
+
 
 def test_a_changed_optimizer_needs_another_folder(tmp_path, monkeypatch, small, capsys):
     """Its logs would not tell it from the one before, and nothing would be run."""
@@ -158,6 +177,16 @@ def test_a_changed_optimizer_needs_another_folder(tmp_path, monkeypatch, small, 
 def test_an_example_of_no_runs(name, tmp_path, monkeypatch, capsys):
     assert run_example(name, ['--runs', 0, '--folder', tmp_path], monkeypatch) == 2
     assert '--runs must be at least 1, not 0' in capsys.readouterr().err
+
+
+def test_the_share_of_the_compute_that_ablations_names():
+    text = (ROOT / 'examples' / 'ablations.py').read_text()
+    assert "--epochs 3 --widths '(32, 128, 128)' takes an eleventh of its compute" in text
+    whole, part = (
+        airbench94.count_pflops(h, steps=round(48.1 * h['epochs']), test_size=10_000)
+        for h in (airbench94.hyp, airbench94.hyp | dict(epochs=3, widths=(32, 128, 128)))
+    )
+    assert round(whole / part) == 11
 
 
 def test_an_examples_bad_input_is_one_line(tmp_path, monkeypatch, capsys):

@@ -257,11 +257,15 @@ def test_a_network_that_cannot_be_counted_is_not_trained(main, monkeypatch):
 def test_more_ranks_than_gpus(main, monkeypatch):
     """On a CPU they train; on CUDA each needs its own."""
     used = []
-    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    threads = []
+    monkeypatch.setattr(torch, 'set_num_threads', threads.append)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 7)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'set_device', used.append)
     monkeypatch.setenv('LOCAL_RANK', '2')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
     assert main(airbench94, '--device', 'cpu')[0] == 0 and used == []
+    assert threads == [2]  # the processes of a machine share its 7 cores
     on_cuda = SimpleNamespace(h={}, device=torch.device('cuda'))
     monkeypatch.setattr(airbench94, 'parse_arguments', lambda: on_cuda)
     code, out, err = main(airbench94)
@@ -432,16 +436,6 @@ def test_a_callback_that_calls_the_network_does_not_change_it(module, one_batch)
 
 
 @EACH_TRAIN
-@pytest.mark.parametrize('value, epochs', [(None, 2), (False, 2), (True, 1)])
-def test_what_a_callback_returns(module, one_batch, value, epochs):
-    rows = []
-    module.train(CifarLoader(one_batch, batch_size=50), epochs=2,
-                 callback=lambda net, row: rows.append(row) or value,
-                 **small(module, verbose=False))  # fmt: skip
-    assert [row['epoch'] for row in rows] == [*range(1, epochs + 1), 'eval']
-
-
-@EACH_TRAIN
 def test_a_callback_that_returns_something_else(module, one_batch, tmp_path):
     loader, options = CifarLoader(one_batch, batch_size=50), small(module, epochs=2, verbose=False)
     with open(tmp_path / 'log', 'w') as file:
@@ -479,27 +473,32 @@ def test_a_fault_of_the_program_shows_its_traceback(main, monkeypatch, at):
         main(airbench94)
 
 
-def test_a_second_compiled_training_at_once_is_refused(one_batch, monkeypatch):
+@pytest.mark.parametrize(
+    'module', [airbench94_compiled, airbench94_muon], ids=lambda module: module.__name__
+)
+def test_a_second_compiled_training_at_once_is_refused(module, one_batch, monkeypatch):
     """In a thread beside the first, which waits for the outcome."""
-    loader = airbench94_compiled.CifarLoader(one_batch, batch_size=50)
+    loader = module.CifarLoader(one_batch, batch_size=50)
+    options = dict(SMALL, epochs=1, compile=True)
     outcome = []
 
     def second():
         try:
-            airbench94_compiled.train(loader, epochs=1, **SMALL)
+            module.train(loader, **options)
         except RuntimeError as error:
             outcome.append(str(error))
 
     def first_needs_an_optimizer(net, h):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(airbench94_compiled, 'make_optimizer', first_needs_an_optimizer)
+    monkeypatch.setattr(module, 'make_optimizer', first_needs_an_optimizer)
     for _ in range(2):  # the first, though it failed, does not lock out the next
         with pytest.raises(KeyboardInterrupt):
-            airbench94_compiled.train(loader, epochs=1, **SMALL)
+            module.train(loader, **options)
     assert len(outcome) == 2 and 'one compiled network' in outcome[0]
 
 

@@ -279,7 +279,7 @@ def assert_nothing_runs(tmp_path):
 
 @pytest.mark.parametrize('stage', ('runs', 'trials'))
 def test_what_takes_too_long_is_stopped(stage, run, fake, data, tmp_path):
-    first, second = run(stage, '--data', data, seconds=4)
+    first, second = run(stage, '--data', data, seconds=8)  # time to begin, on a busy machine
     assert first.startswith(dict(runs='fake: stopped, ', trials='--lr 1: 50.00 (1)')[stage])
     assert second == '    �'
     assert_nothing_runs(tmp_path)

@@ -12,6 +12,8 @@ from conftest import VERSION, Pixel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import airbench94
+import airbench94_muon
 from airbench94 import (
     Net,
     count_pflops,
@@ -186,15 +188,27 @@ def test_tta_weights(y, x):
     )
 
 
-def test_infer_leaves_the_mode_as_it_was():
-    net, loader = (
-        Pixel(0, 0),
-        SimpleNamespace(images=torch.rand(5, 3, 32, 32), normalize=lambda images: images),
-    )
+@pytest.mark.parametrize(
+    'script', [airbench94, airbench94_muon], ids=lambda script: script.__name__
+)
+def test_infer_is_in_evaluation_mode_and_leaves_the_mode_as_it_was(script):
+    class Recorder(Pixel):
+        def __init__(self):
+            super().__init__(0, 0)
+            self.factor = nn.Parameter(torch.ones(()))
+            self.modes = set()
+
+        def forward(self, images):
+            self.modes.add(self.training)
+            return self.factor * super().forward(images)
+
+    net = Recorder()
+    loader = SimpleNamespace(images=torch.rand(5, 3, 32, 32), normalize=lambda images: images)
     for mode in (True, False):
         net.train(mode)
-        infer(net, loader)
+        assert not script.infer(net, loader, 2).requires_grad
         assert net.training == mode
+    assert net.modes == {False}
 
 
 def test_float16_on_the_meta_device():
@@ -242,8 +256,13 @@ def test_float16_in_numbers_agrees_with_float32():
         net.load_state_dict(start)
         init_whitening(net, x)
         optimizer = make_optimizer(net, h)
+        convolved = set()
+        net.blocks[0].conv1.register_forward_hook(
+            lambda module, inputs, output, dtypes=convolved: dtypes.add(output.dtype)
+        )
         losses[dtype] = torch.stack([train_step(net, optimizer, x, y, 0.2)[0] for _ in range(4)])
         assert losses[dtype].dtype == torch.float32 and net(x).dtype == torch.float32
+        assert convolved == {dtype}
     assert losses[torch.float32][-1] < losses[torch.float32][0]
     torch.testing.assert_close(losses[torch.float16], losses[torch.float32], rtol=0.02, atol=0.1)
     torch.testing.assert_close(losses[torch.bfloat16], losses[torch.float32], rtol=0.05, atol=0.1)

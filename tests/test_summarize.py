@@ -52,6 +52,20 @@ def a_run(seed, accuracy):
     )
 
 
+def test_a_hyperparameter_is_compared_among_the_logs_that_have_it(tmp_path):
+    """Also where a log without it stands between them."""
+    young = dict(lr=11.5, altflip=True)
+    logs = [
+        write_log(tmp_path / 'a', [a_run(0, 0.93)], hyperparameters=young),
+        write_log(tmp_path / 'b', [a_run(1, 0.93)]),
+        write_log(tmp_path / 'c', [a_run(2, 0.93)], hyperparameters=young),
+    ]
+    assert len(summarize.read_logs(logs)[1]) == 3
+    write_log(tmp_path / 'c', [a_run(2, 0.93)], hyperparameters=young | dict(altflip=False))
+    with pytest.raises(ValueError, match='another altflip than .*a: False, not True'):
+        summarize.read_logs(logs)
+
+
 def test_one_summary_over_several_logs(tmp_path, capsys):
     logs = [
         write_log(tmp_path / 'a', [a_run(0, 0.93), a_run(2, 0.95)]),

@@ -46,6 +46,9 @@ def test_same_seed_same_result(tiny):
         torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True)
     )
     assert not torch.equal(nets[0].linear.weight, nets[2].linear.weight)
+    torch.manual_seed(5)
+    one, other = (train(tiny_loader(tiny), epochs=1, verbose=False, **SMALL) for _ in range(2))
+    assert not torch.equal(one.linear.weight, other.linear.weight)  # without a seed they go on
 
 
 def test_the_callers_loader_is_not_changed_and_serves_again(tiny):
@@ -58,11 +61,21 @@ def test_the_callers_loader_is_not_changed_and_serves_again(tiny):
     )
     second = train(loader, epochs=2, seed=1, verbose=False, **SMALL)
     assert torch.equal(first.linear.weight, second.linear.weight)
+    fresh = train(tiny_loader(tiny), epochs=2, seed=1, verbose=False, **SMALL)
+    assert torch.equal(first.linear.weight, fresh.linear.weight)
 
 
-def test_table_and_history(tiny, capsys):
-    history = []
-    train(tiny_loader(tiny), epochs=1.5, seed=1, callback=keep(history), **SMALL)
+def test_table_and_history(tiny, capsys, monkeypatch):
+    steps, history = [], []
+    real_step = airbench94.train_step
+
+    def step(net, optimizer, inputs, labels, label_smoothing):
+        steps.append((labels, *real_step(net, optimizer, inputs, labels, label_smoothing)))
+        return steps[-1][1:]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(airbench94, 'train_step', step)
+        train(tiny_loader(tiny), epochs=1.5, seed=1, callback=keep(history), **SMALL)
     out, err = capsys.readouterr()
     assert err == ''
     assert [line.split('|')[1].strip() for line in out.splitlines() if '|' in line] == [
@@ -74,11 +87,10 @@ def test_table_and_history(tiny, capsys):
     assert len(out.splitlines()) == 4 and len({len(line) for line in out.splitlines()}) == 1
     assert [row['epoch'] for row in history] == [1, 2, 'eval']
     assert [row['steps'] for row in history] == [11, 17, 17]  # ceil(1.5 * 11)
-    assert (
-        1 < history[0]['train_loss'] < 4
-        and 0 <= history[1]['train_acc'] <= 1
-        and 0 <= history[1]['val_acc'] <= 1
-    )
+    for row, (labels, loss, logits) in zip(history, (steps[10], steps[16]), strict=False):
+        assert row['train_loss'] == pytest.approx(loss.item() / 10) and 1 < row['train_loss'] < 4
+        right = (logits.argmax(1) == labels).sum().item()
+        assert row['train_acc'] == pytest.approx(right / 10) and 0 <= row['val_acc'] <= 1
     times = [row['time_seconds'] for row in history]
     assert 0 < times[0] < times[1] < times[2]
     quiet = []
@@ -259,7 +271,8 @@ def test_a_training_that_ends_before_lookaheads_first_update(module, steps, opti
     assert same_state(net, without) and not same_state(net, other)
 
 
-def test_lookahead_is_of_all_the_network_and_of_every_fifth_step(tiny, monkeypatch):
+@EACH_TRAIN
+def test_lookahead_is_of_all_the_network_and_of_every_so_many_steps(module, tiny, monkeypatch):
     calls = []
 
     def update(average, state, decay):
@@ -267,11 +280,14 @@ def test_lookahead_is_of_all_the_network_and_of_every_fifth_step(tiny, monkeypat
             ([id(tensor) for tensor in average], [tensor.data_ptr() for tensor in state], decay)
         )
 
-    monkeypatch.setattr(airbench94, 'lookahead_update', update)
-    net = train(tiny_loader(tiny), epochs=12 / 11, verbose=False, **SMALL)
-    assert [decay for *_, decay in calls] == pytest.approx(
-        [0.95**5 * (5 / 12) ** 3, 0.95**5 * (10 / 12) ** 3, 1]
-    )
+    monkeypatch.setattr(module, 'lookahead_update', update)
+    options = small(module, epochs=12 / 11, verbose=False)
+    expected = [0.95**5 * (5 / 12) ** 3, 0.95**5 * (10 / 12) ** 3, 1]
+    if module is airbench94_muon:  # of the last steps alone
+        options['lr_tail'] = 0.75
+        expected = [0, 0.7, 0.7, 0.7]  # begins at step 3; then steps 4, 8 and 12
+    net = module.train(tiny_loader(tiny), **options)
+    assert [decay for *_, decay in calls] == pytest.approx(expected)
     everything = [
         tensor.data_ptr() for name, tensor in net.state_dict().items() if 'num_batches' not in name
     ]
@@ -319,6 +335,7 @@ def test_divergence_is_an_error_in_its_epoch(module, tiny):
     assert [row['epoch'] for row in history] == [1]
 
 
+@EACH_TRAIN
 @pytest.mark.parametrize(
     'name, value',
     [
@@ -341,16 +358,33 @@ def test_divergence_is_an_error_in_its_epoch(module, tiny):
         ('tta_level', -1),
         ('tta_level', 1.5),
         ('batch_size', 99.5),
+        ('lr_start', -1),
+        ('lr_end', -1),
+        ('lr_peak', 1),
+        ('lookahead', 'false'),
+        ('lookahead_every', 0),
+        ('lookahead_decay', 1.5),
+        ('lookahead_power', -1),
+        ('altflip', 'false'),
+        ('scaling_factor', 0),
+        ('compile', 'false'),
     ],
 )
-def test_values_that_make_no_sense(tiny, name, value):
-    with pytest.raises(ValueError, match=name):
-        train(tiny_loader(tiny), verbose=False, **{name: value})
+def test_values_that_make_no_sense(module, name, value):
+    """train merges what it is given first."""
+    if name not in module.hyp:
+        assert name in ('lookahead', 'lookahead_power', 'compile')
+        return
+    with pytest.raises(ValueError, match=f'{name} must be'):
+        module.merge({name: value})
 
 
-def test_unknown_hyperparameters_are_errors_that_name_the_known(tiny):
-    with pytest.raises(TypeError, match='label_smoothin:.*' + '.*'.join(hyp)):
-        train(tiny_loader(tiny), label_smoothin=0)
+@EACH_TRAIN
+def test_what_train_is_given_is_merged(module, tiny):
+    with pytest.raises(TypeError, match='label_smoothin:.*' + '.*'.join(module.hyp)):
+        module.train(tiny_loader(tiny), label_smoothin=0)
+    with pytest.raises(ValueError, match='lr must be'):
+        module.train(tiny_loader(tiny), lr=0)
 
 
 def test_labels_must_be_of_the_classes(tiny):
@@ -373,8 +407,10 @@ def test_warmup_on_a_cpu_only_sets_the_process_up(module, tiny, monkeypatch, cap
     monkeypatch.setattr(module.ctypes, 'CDLL', lambda name: libc)
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('glibc', '2.36'))
     monkeypatch.setattr(module, 'train', None)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
     monkeypatch.setenv('AIRBENCH_DATA', str(tiny))
     module.warmup(device='cpu', dtype=torch.float16, **uncompiled(module))
+    assert torch.backends.cudnn.benchmark is True
     assert called == [(-4, 0), (-1, 2**31 - 1)] and capsys.readouterr() == ('', '')
     monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
     module.warmup(tiny_loader(tiny), CifarLoader(tiny, False), **uncompiled(module))
