@@ -56,9 +56,9 @@ hyp = dict(
     lr=11.5,
     momentum=0.85,
     weight_decay=0.0153,
-    bias_scaler=64.0,        # the lr of the BatchNorm biases is lr times this
+    bias_scaler=64.0,        # the lr of the BatchNorm biases is lr times this (D. Page)
     lr_start=0.2,            # the first step has lr times this
-    lr_peak=0.23,            # the share of the steps after which lr is reached
+    lr_peak=0.23,            # lr is reached after this share of the steps
     lr_end=0.07,             # the last step has about lr times this
     label_smoothing=0.2,
     whiten_bias_epochs=3,    # then the whitening layer's bias is frozen
@@ -90,7 +90,7 @@ def load_split(path, train):
     path: 'synthetic', see synthetic_split; or a folder that has train.pt and test.pt, see
         load_file; or any other folder, in which torchvision looks for CIFAR-10, and to which it
         downloads it (170 MB) if it is not there.
-    train: the training images, or the test images.
+    train: True for the training images, False for the test images.
 
     Returns dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names).
     Raises FileNotFoundError for data that cannot be had, ValueError for a file that is damaged.
@@ -111,7 +111,7 @@ def load_split(path, train):
     except Exception as error:  # the download, the disk or the archive is at fault
         if is_new:
             with suppress(OSError):
-                folder.rmdir()  # which torchvision has made; only if it is empty
+                folder.rmdir()  # torchvision made it; fails unless it is empty
         raise FileNotFoundError(
             f'no CIFAR-10 in {path}, and it cannot be downloaded ({error}). Put train.pt and '
             'test.pt or the archive there, or use --data DIR or --data synthetic') from error
@@ -173,7 +173,7 @@ class CifarLoader:
     Batches of normalised and augmented images with their labels, made on one device.
 
     path: see load_split (default: $AIRBENCH_DATA, else the folder cifar10).
-    train: the training images, or the test images.
+    train: True for the training images, False for the test images.
     batch_size: images in a batch.
     aug: flip=True mirrors, translate=r moves by up to r pixels along both axes (default: {}).
     drop_last: leave out a last batch that is smaller (default: the value of train).
@@ -183,14 +183,15 @@ class CifarLoader:
 
     Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
 
-    Attributes can be replaced: images, float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,),
-    by a subset for example; mean and std, three numbers each, and classes, a list of names, by
-    those of other data. A loop of your own gets the indices of a batch's images if loader.labels =
-    torch.arange(N, device=loader.labels.device); train refuses such labels, and evaluate would
-    compare with them. Raises ValueError for what does not fit together.
+    Attributes can be replaced. For a subset these are images, float (N, 3, 32, 32) from 0 to 1,
+    and labels, int64 (N,). For other data they are also mean and std, three numbers each, and
+    classes, a list of names. Raises ValueError for what does not fit together.
 
-    Each iteration is an epoch and is counted, as altflip needs it. Before another training in a
-    loop of your own, let loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
+    If labels are torch.arange(N, device=labels.device), a loop of your own gets the indices of a
+    batch's images. train refuses such labels, and evaluate would compare with them.
+
+    Each pass over the loader is an epoch, and is counted for altflip. Before another training in a
+    loop of your own, set loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
     """
 
     def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None,
@@ -244,7 +245,7 @@ class CifarLoader:
                              f'from 1 to {n}, or more with drop_last=False')
 
     def normalize(self, images):
-        """Images from 0 to 1, (N, 3, H, W), less the mean and over the std, as a new tensor."""
+        """Images from 0 to 1, (N, 3, H, W), minus mean, divided by std, as a new tensor."""
         mean = torch.as_tensor(self.mean, dtype=images.dtype, device=images.device)
         std = torch.as_tensor(self.std, dtype=images.dtype, device=images.device)
         return images.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
@@ -258,8 +259,8 @@ class CifarLoader:
         self.check()
         n = len(self.images)
         device = self.images.device
-        # Alternating flip: a coin is tossed for each image in the first epoch, and turned over in
-        # each epoch after it. So two epochs in a row show both sides of each image that is in both.
+        # Alternating flip: the first epoch mirrors each image with probability 0.5, and each epoch
+        # after it mirrors what the one before did not. So two in a row show an image both ways.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
         flip_mask = self.flip_mask.to(device)
@@ -296,7 +297,7 @@ class Conv(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Its weight stays 1, its bias is trained."""
+    """Its bias is trained, its weight stays 1 (D. Page, 2018)."""
 
     def __init__(self, channels, momentum):
         super().__init__(channels, eps=1e-12, momentum=momentum)
@@ -340,15 +341,15 @@ class MaxPool(torch.autograd.Function):
         return spread.contiguous(memory_format=torch.channels_last)
 
 
-def max_pool(x, own_gradient):
-    """Max-pooling of 2x2. own_gradient: by MaxPool, where a training is compiled."""
-    if own_gradient and torch.compiler.is_compiling() and torch.is_grad_enabled():
+def max_pool(x, custom_backward):
+    """Max-pooling of 2x2. custom_backward: by MaxPool, if a training is being compiled."""
+    if custom_backward and torch.compiler.is_compiling() and torch.is_grad_enabled():
         return MaxPool.apply(x)
     return F.max_pool2d(x, 2)
 
 
 class Block(nn.Module):
-    own_gradient = False  # of the pool; compiled_net sets it
+    custom_backward = False  # of the pool; compiled_net sets it
 
     def __init__(self, channels_in, channels_out, bn_momentum):
         super().__init__()
@@ -358,7 +359,7 @@ class Block(nn.Module):
         self.norm2 = BatchNorm(channels_out, bn_momentum)
 
     def forward(self, x):
-        x = max_pool(self.conv1(x), self.own_gradient)
+        x = max_pool(self.conv1(x), self.custom_backward)
         x = F.gelu(self.norm1(x))
         x = self.conv2(x)
         x = F.gelu(self.norm2(x))
@@ -379,7 +380,8 @@ class Net(nn.Module):
     def __init__(self, h=hyp, num_classes=10, device='cpu', dtype=torch.float32):
         super().__init__()
         width1, width2, width3 = h['widths']
-        # 24: the 12 eigenvectors of 2x2 patches of three channels, and their negatives.
+        # 24: the 12 eigenvectors of 2x2 patches of three channels, and their negatives, as GELU
+        # lets little of a negative value pass.
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad = False
         nn.init.zeros_(self.whiten.bias)
@@ -419,8 +421,8 @@ def init_whitening(net, images, eps=5e-4):
     of its eigenvalue, and their negatives.
 
     images: normalised, (N, 3, 32, 32).
-    eps: added to the eigenvalues, so that directions of little variance are not scaled up to
-        noise.
+    eps: added to the eigenvalues, so that the noise in directions of little variance is not scaled
+        up.
     """
     patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, 31, 31, 2, 2)
     patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
@@ -440,13 +442,14 @@ def make_optimizer(net, h):
     The loss is the sum over a batch, so h['lr'], which is for 1,024 images, is divided by 1,024.
 
     It is also divided by 1 + 1 / (1 - momentum). Where the gradient g stays the same, a step of
-    PyTorch's Nesterov SGD comes to lr * g / (1 - momentum). With the division it is
-    lr * g / (2 - momentum), which differs little from 0.8 to 0.95, so that lr and momentum can be
-    tuned independently. The 1 in it is the paper's, with which its hyperparameters were tuned.
+    PyTorch's Nesterov SGD is lr * g times 1 / (1 - momentum). The division makes this factor
+    1 / (2 - momentum): 0.83 to 0.95 for a momentum of 0.8 to 0.95. So lr and momentum can be tuned
+    independently. Without the first 1 the factor would be 1, but the paper's hyperparameters were
+    tuned with it.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
-    decay is divided by the group's lr: then a step decays the weights by the same share at any
-    lr. It still follows the lr's schedule.
+    decay is divided by the group's peak lr: the schedule changes it, and h['lr'] and bias_scaler do
+    not. It grows with batch_size, so that an epoch decays the weights alike at any batch size.
 
     Any other optimizer of PyTorch can be returned; its lr follows the schedule. In float16 Adam
     gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
@@ -494,7 +497,7 @@ def lookahead_update(average, state, decay):
 
 def train_step(net, optimizer, inputs, labels, label_smoothing):
     """Returns the loss, summed over the batch, and the logits."""
-    # As a sum makes gradients large, float16 needs no scaling against underflow.
+    # The loss is a sum, so gradients are large, and float16 needs no loss scaling.
     logits = net(inputs)
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction='sum')
     optimizer.zero_grad()
@@ -510,8 +513,8 @@ def views_of(images, tta_level, mirror):
     The views of normalised images over which logits are averaged (the paper, section 3.5).
 
     tta_level: 0 for the images; 1 for their mirror images too; 2 for these two, and for the same
-        two moved by one pixel, once down and right, once up and left. Those that are not moved
-        have half of the weight.
+        two moved by one pixel, once down and right, once up and left. Half of the total weight is
+        on those that are not moved.
     mirror: False leaves all mirror images out.
 
     Returns pairs of a weight and a view. The weights add up to 1. Raises ValueError for another
@@ -576,8 +579,8 @@ def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, de
     On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
     there in training than PyTorch's own.
     """
-    # A size of the images, with the whitening bias trained or frozen, and a size of the batch in
-    # evaluation: each is compiled on its own. A sweep over widths compiles many such networks.
+    # Each image size with the bias trained or frozen, each batch size of an evaluation, and each
+    # network of a sweep over widths is compiled on its own: more than PyTorch's default limits.
     torch._dynamo.config.cache_size_limit = 10_000
     torch._dynamo.config.accumulated_cache_size_limit = 10_000
     # Before 2.12 PyTorch overlooks that the bias is frozen (its pull request 177158), and computes
@@ -590,12 +593,12 @@ def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, de
     net = net_class(h, num_classes, device, dtype)
     for module in net.modules():
         if isinstance(module, Block):
-            module.own_gradient = True
+            module.custom_backward = True
     eager = net.forward
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
 
     def forward(images):
-        # One dtype and one layout, lest each be compiled on its own.
+        # One dtype and one layout, as each would be compiled on its own.
         images = images.to(net.whiten.weight.dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         if device.type == 'cpu' and net.training:
@@ -617,14 +620,13 @@ class CapturedStep:
     are, is part of the recording. On a CPU a step is run as it is.
 
     net: of compiled_net.
-    h: hyperparameters.
 
     The optimizers of make_optimizer must start from a state of zeros. On CUDA they must read lr on
-    the GPU, as those of PyTorch do that have the argument capturable, and SGD, which is fused here.
+    the GPU, as PyTorch's optimizers with the argument capturable do, and fused SGD, which is used.
     """
 
     def __init__(self, net, h):
-        net.whiten.bias.requires_grad_(True)  # also in make_optimizer, which may ask for it
+        net.whiten.bias.requires_grad_(True)  # frozen by the last run, and make_optimizer may ask
         self.net = net
         self.label_smoothing = h['label_smoothing']
         self.optimizer = make_optimizer(net, h)
@@ -632,20 +634,20 @@ class CapturedStep:
         self.optimizers = made if isinstance(made, list) else [made]
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peaks = [group['lr'] for group in self.groups]
-        self.is_recorded = net.linear.weight.is_cuda
+        self.is_cuda = net.linear.weight.is_cuda
         self.device = net.linear.weight.device
         for group in self.groups:
             # Of a whole number, lr would be an int64, and could not be 0.5.
             group['lr'] = torch.full((), group['lr'], dtype=torch.float32, device=self.device)
             if 'capturable' in group:  # as Adam and its like call it
-                group['capturable'] = self.is_recorded
-            elif 'fused' in group and self.is_recorded:
+                group['capturable'] = self.is_cuda
+            elif 'fused' in group and self.is_cuda:
                 group['fused'] = True
         # Of this device, which need not be the current one.
-        self.stream = torch.cuda.Stream(self.device) if self.is_recorded else None
+        self.stream = torch.cuda.Stream(self.device) if self.is_cuda else None
         self.recordings = {}
 
-    def momenta(self):
+    def optimizer_state(self):
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
         return [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
 
@@ -654,7 +656,7 @@ class CapturedStep:
         """Sets the weights of a network that is trained from here on, and all momenta to 0."""
         self.net.load_state_dict(state_dict)
         self.net.train()
-        for momentum in self.momenta():
+        for momentum in self.optimizer_state():
             momentum.zero_()
 
     def record_all(self, sizes, batch_size):
@@ -663,8 +665,8 @@ class CapturedStep:
         generator = torch.Generator().manual_seed(0)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
-            # First with the bias trained: PyTorch before 2.12 takes what it compiles first for
-            # both, and compiled with the bias frozen it would have no gradient.
+            # Trained first: PyTorch before 2.12 uses what it compiles first for both, and with the
+            # bias frozen that has no gradient for it.
             for is_trained in (True, False):
                 shape = (batch_size, 3, size, size)
                 if (shape, is_trained) in self.recordings:
@@ -698,7 +700,7 @@ class CapturedStep:
             return train_step(self.net, self.optimizer, static_inputs, static_labels,
                               self.label_smoothing)
 
-        if not self.is_recorded:
+        if not self.is_cuda:
             return static_inputs, static_labels, step
 
         # What only the first steps do, to compile, to choose kernels, to make momenta, must not be
@@ -724,10 +726,10 @@ class CapturedStep:
     def changes_put_back(self):
         """Afterwards weights, BatchNorm's averages and momenta are what they were before."""
         state = [*self.net.parameters(), *self.net.buffers()]
-        before = {tensor: tensor.detach().clone() for tensor in [*state, *self.momenta()]}
+        before = {tensor: tensor.detach().clone() for tensor in [*state, *self.optimizer_state()]}
         yield
         with torch.no_grad():
-            for tensor in [*state, *self.momenta()]:
+            for tensor in [*state, *self.optimizer_state()]:
                 if tensor in before:
                     tensor.copy_(before[tensor])
                 else:
@@ -735,7 +737,7 @@ class CapturedStep:
 
 
 # The hyperparameters that a step does not depend on.
-SCHEDULE = ('epochs', 'lr_start', 'lr_peak', 'lr_end', 'lr_tail', 'whiten_bias_epochs',
+NOT_IN_STEP = ('epochs', 'lr_start', 'lr_peak', 'lr_end', 'lr_tail', 'whiten_bias_epochs',
             'lookahead', 'lookahead_every', 'lookahead_decay', 'lookahead_power', 'aug', 'altflip',
             'sizes', 'tta_level')
 captured_steps = {}  # the latest of the process, by what it depends on
@@ -747,11 +749,11 @@ def captured_step(h, num_classes, device, dtype):
     make_optimizer or of train_step, and of the lr and the like that make_optimizer gives. After
     another change, as of Block, call captured_steps.clear() and compiled_net.cache_clear().
     """
-    of_step = {key: value for key, value in h.items() if key not in SCHEDULE}
+    of_step = {key: value for key, value in h.items() if key not in NOT_IN_STEP}
     net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
                        num_classes, device, dtype)
-    net.whiten.bias.requires_grad_(True)  # also in make_optimizer, which may ask for it
-    # The text of an optimizer has all its values: not all of them need be from h.
+    net.whiten.bias.requires_grad_(True)  # frozen by the last run, and make_optimizer may ask
+    # An optimizer's repr has all its settings, also those that are not from h.
     values = of_step, num_classes, device, dtype, make_optimizer(net, h)
     key = repr(values), Net, make_optimizer, train_step
     if key not in captured_steps:
@@ -805,15 +807,15 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
-    net: a Net to train on, in place, its first layer as it is (default: a new one, whitened). It
+    net: a Net to train, in place, its first layer as it is (default: a new one, whitened). It
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
         The schedule, the optimizer and Lookahead begin anew.
-    seed: for PyTorch's global generators (default: they go on from where they are). So after each
-        training of one seed they draw the same: take a torch.Generator of your own for random
-        subsets or labels. Trainings in two threads share the global ones, and cannot be
+    seed: sets PyTorch's global generators (default: they go on from where they are). After two
+        trainings with one seed they draw the same: for random subsets or labels, use a
+        torch.Generator of your own. Trainings in two threads share the global ones, and cannot be
         reproduced.
     device: to train on (default: the loader's).
-    dtype: see Net; its name will do (default: the fastest on the device, see default_dtype).
+    dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch, and
@@ -903,7 +905,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if verbose:
             print_row(row)
         stop = None if callback is None else callback(net, row)
-        # A number comes by accident, as the count that file.write returns. Mind that 1 == True.
+        # A number is a mistake, such as what file.write returns. Its type is asked as 1 == True.
         if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
@@ -937,8 +939,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 lookahead_update(average, state, decay)
             if step == total_steps:
                 break
-        # The network becomes the average. The steps since the last update are not in it, and before
-        # the first update there is no average.
+        # The network becomes the average. The steps since the last update are not in it. Before the
+        # first update it is the untrained network.
         if h['lookahead'] and step == total_steps and step >= h['lookahead_every']:
             lookahead_update(average, state, decay=1.0)
         seconds += synchronized_time(device) - start
@@ -976,8 +978,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=None, dtype=None,
            verbose=None, callback=None, **overrides):
     """
-    Sets the process up, compiles and, on a GPU, trains for a moment. To be called once, before the
-    timing.
+    Sets the process up. On a GPU, or to compile, it also trains for a moment. To be called once,
+    before the timing.
 
     On a GPU the first use of each kernel is slow. The arguments are those of train; net, seed,
     verbose and callback have no effect. Seed PyTorch's global generators after it, as the training
@@ -1005,9 +1007,9 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     n = 2000 + len(test_loader.images) % 2000  # an evaluation batch of each size
     test_loader.images = test_loader.images[:n]
     test_loader.labels = test_loader.labels[:n]
-    # An epoch with the bias trained, an epoch with it frozen. A recorded step holds the weight
-    # decay, which is divided by lr, and so must have the lr of the run. Else the lr is a safe one,
-    # and there is no weight decay: divided by this lr, it could exceed what float16 holds.
+    # An epoch with the bias trained, an epoch with it frozen. A recorded step contains
+    # weight_decay / lr, so when compiled, lr must be that of the run. When not, the lr is a safe
+    # one, and there is no weight decay: divided by this lr, it could exceed what float16 holds.
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
         overrides |= dict(lr=1e-3, weight_decay=0)
@@ -1024,7 +1026,7 @@ def merge(overrides):
 
     Raises TypeError for a name that hyp lacks, and ValueError for a value that makes no sense.
     """
-    # Names of the original, and of the command line.
+    # Names in Jordan's scripts, and on the command line.
     names_here = dict(learning_rate='lr', train_epochs='epochs', run='seed', gpu='device',
                       make_net='net', data='train_loader')
     for key in overrides:
@@ -1070,7 +1072,7 @@ def merge(overrides):
 
 
 def check_loaders(train_loader, test_loader):
-    """Raises TypeError for what is no loader. It may be that of another script."""
+    """Raises TypeError for what is no loader. That of another script will do."""
     for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
         if loader is not None and not hasattr(loader, 'normalize'):
             raise TypeError(f'{name} must be a CifarLoader, which has the batch size and the '
@@ -1078,7 +1080,7 @@ def check_loaders(train_loader, test_loader):
 
 
 def check_data(train_loader, test_loader):
-    """Raises ValueError for data that would fail later, or train to no purpose."""
+    """Raises ValueError for data that would fail later, or train in vain."""
     num_classes = len(train_loader.classes)
     for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
         if loader is None:
@@ -1207,7 +1209,7 @@ def count_pflops(h, steps, test_size, num_classes=10, total_steps=None):
 
 
 def is_record(line):
-    """Whether a line is whole. One of a log that was cut off has no closing brace."""
+    """Whether a line is whole. One that was cut off has no closing brace."""
     try:
         json.loads(line)
     except ValueError:
@@ -1220,8 +1222,8 @@ def read_log(path):
     The headers and the runs of a log, or [] and [] if there is no such file yet.
 
     A log is JSON lines: a header, then a line for each run. Another header stands before the runs
-    of another version. A last line that was cut off, as the process was killed or the disk was
-    full, is left out. Raises ValueError for another file.
+    of another source, PyTorch, device or number of threads. A last line that was cut off, as the
+    process was killed or the disk was full, is left out. Raises ValueError for another file.
     """
     if not path.is_file() or path.stat().st_size == 0:
         return [], []
@@ -1254,7 +1256,7 @@ def check_experiment(path, header, old):
     for key, value in theirs.items():
         if ours.get(key) != value:
             raise ValueError(f'{path} is of another {key}, {value}, not {ours.get(key)}: name '
-                             'another with --log')
+                             'another log with --log')
 
 
 def lock(file):
@@ -1262,7 +1264,7 @@ def lock(file):
     try:
         import fcntl
     except ImportError:
-        # Windows locks bytes, which others cannot read then: take one beyond the end.
+        # Windows locks bytes, which others then cannot read: lock one beyond the end.
         import msvcrt
         os.lseek(file.fileno(), 2**30, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -1275,9 +1277,10 @@ def open_log(path, header):
     Opens a log to add runs to it. Returns the file, the runs that it holds, and a list of what
     differs between header and the headers of these runs, as ['device'].
 
-    Drops a last line that was cut off. Adds the header if the latest in the log says something
-    else, and says if there are runs of another version. Raises ValueError if the log is that of
-    another experiment, if another process writes to it, or if it cannot be written.
+    Drops a last line that was cut off. Adds the header if source, PyTorch, device or threads differ
+    from those of the log's last header, and says if there are runs of others. Raises ValueError if
+    the log is that of another experiment, if another process writes to it, or if it cannot be
+    written.
     """
     header = json.loads(json.dumps(header))  # tuples become lists, as they are in the file
     try:
@@ -1288,7 +1291,7 @@ def open_log(path, header):
                 lock(log)
             except (BlockingIOError, PermissionError) as error:
                 raise ValueError(f'another process writes to the log {path}: wait until it ends, '
-                                 'or name another with --log') from error
+                                 'or name another log with --log') from error
         headers, runs = read_log(path)
         if headers:
             check_experiment(path, header, headers[-1])
@@ -1308,19 +1311,19 @@ def open_log(path, header):
             if any(old.get(key) != header[key] for old in headers)
         ]
         if not runs:
-            changed = []  # as of a log whose first run was stopped
+            changed = []  # there are headers only: the first run was stopped
         if changed:
             print(f'note: {path} has runs of another {" and ".join(changed)}. The means include '
                   'them, and their seeds are not run again. To measure without them, name another '
-                  'with --log', file=sys.stderr)
+                  'log with --log', file=sys.stderr)
     except OSError as error:
-        raise ValueError(f'cannot write the log {path} ({error.strerror}): name another with '
-                         '--log') from error
+        raise ValueError(f'cannot write the log {path} ({error.strerror}): name another log '
+                         'with --log') from error
     return log, runs, changed
 
 
 def run_once(train_loader, test_loader, seed, dtype, h):
-    """Trains once. Returns the network, None if it diverged, and the line for the log, a dict."""
+    """Trains once. Returns the network (None if it diverged) and the line for the log, a dict."""
     rows = []
     net = None
     try:
@@ -1429,7 +1432,7 @@ def parse_arguments():
 def main():
     """The command line. Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130))
+        signal.signal(number, lambda *_: sys.exit(130))  # so that the summary is printed
     script = Path(__file__).stem
     # torchrun starts a process for each device, which takes its share of the seeds.
     rank = int(os.environ.get('RANK', 0))
@@ -1456,7 +1459,7 @@ def main():
         path = args.log or Path('logs', f'{script}-{now}-{os.getpid()}.jsonl')
         headers, others = [], []
         if 'RANK' in os.environ:
-            # The runs of all ranks, as another number of them may have begun the series.
+            # The runs of all ranks: the series may have begun with more or fewer of them.
             for other in path.parent.glob(f'{glob.escape(path.stem)}.rank*{path.suffix}'):
                 with suppress(ValueError):  # its own rank has yet to begin it, or will refuse it
                     their_headers, their_runs = read_log(other)

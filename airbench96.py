@@ -49,9 +49,9 @@ hyp = dict(
     lr=9.0,
     momentum=0.85,
     weight_decay=0.0153,
-    bias_scaler=64.0,        # the lr of the BatchNorm biases is lr times this
+    bias_scaler=64.0,        # the lr of the BatchNorm biases is lr times this (D. Page)
     lr_start=0.2,            # the first step has lr times this
-    lr_peak=0.23,            # the share of the steps after which lr is reached
+    lr_peak=0.23,            # lr is reached after this share of the steps
     lr_end=0.07,             # the last step has about lr times this
     label_smoothing=0.2,
     whiten_bias_epochs=3,    # then the whitening layer's bias is frozen
@@ -82,7 +82,7 @@ def load_split(path, train):
     path: 'synthetic', see synthetic_split; or a folder that has train.pt and test.pt, see
         load_file; or any other folder, in which torchvision looks for CIFAR-10, and to which it
         downloads it (170 MB) if it is not there.
-    train: the training images, or the test images.
+    train: True for the training images, False for the test images.
 
     Returns dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,), classes=list of names).
     Raises FileNotFoundError for data that cannot be had, ValueError for a file that is damaged.
@@ -103,7 +103,7 @@ def load_split(path, train):
     except Exception as error:  # the download, the disk or the archive is at fault
         if is_new:
             with suppress(OSError):
-                folder.rmdir()  # which torchvision has made; only if it is empty
+                folder.rmdir()  # torchvision made it; fails unless it is empty
         raise FileNotFoundError(
             f'no CIFAR-10 in {path}, and it cannot be downloaded ({error}). Put train.pt and '
             'test.pt or the archive there, or use --data DIR or --data synthetic') from error
@@ -175,7 +175,7 @@ class CifarLoader:
     Batches of normalised and augmented images with their labels, made on one device.
 
     path: see load_split (default: $AIRBENCH_DATA, else the folder cifar10).
-    train: the training images, or the test images.
+    train: True for the training images, False for the test images.
     batch_size: images in a batch.
     aug: flip=True mirrors, translate=r moves by up to r pixels along both axes, cutout=s blanks
         a square of s x s pixels (default: {}).
@@ -186,14 +186,15 @@ class CifarLoader:
 
     Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
 
-    Attributes can be replaced: images, float (N, 3, 32, 32) from 0 to 1, and labels, int64 (N,),
-    by a subset for example; mean and std, three numbers each, and classes, a list of names, by
-    those of other data. A loop of your own gets the indices of a batch's images if loader.labels =
-    torch.arange(N, device=loader.labels.device); train refuses such labels, and evaluate would
-    compare with them. Raises ValueError for what does not fit together.
+    Attributes can be replaced. For a subset these are images, float (N, 3, 32, 32) from 0 to 1,
+    and labels, int64 (N,). For other data they are also mean and std, three numbers each, and
+    classes, a list of names. Raises ValueError for what does not fit together.
 
-    Each iteration is an epoch and is counted, as altflip needs it. Before another training in a
-    loop of your own, let loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
+    If labels are torch.arange(N, device=labels.device), a loop of your own gets the indices of a
+    batch's images. train refuses such labels, and evaluate would compare with them.
+
+    Each pass over the loader is an epoch, and is counted for altflip. Before another training in a
+    loop of your own, set loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
     """
 
     def __init__(self, path=None, train=True, batch_size=500, aug=None, drop_last=None,
@@ -247,7 +248,7 @@ class CifarLoader:
                              f'from 1 to {n}, or more with drop_last=False')
 
     def normalize(self, images):
-        """Images from 0 to 1, (N, 3, H, W), less the mean and over the std, as a new tensor."""
+        """Images from 0 to 1, (N, 3, H, W), minus mean, divided by std, as a new tensor."""
         mean = torch.as_tensor(self.mean, dtype=images.dtype, device=images.device)
         std = torch.as_tensor(self.std, dtype=images.dtype, device=images.device)
         return images.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
@@ -261,8 +262,8 @@ class CifarLoader:
         self.check()
         n = len(self.images)
         device = self.images.device
-        # Alternating flip: a coin is tossed for each image in the first epoch, and turned over in
-        # each epoch after it. So two epochs in a row show both sides of each image that is in both.
+        # Alternating flip: the first epoch mirrors each image with probability 0.5, and each epoch
+        # after it mirrors what the one before did not. So two in a row show an image both ways.
         if self.flip_mask is None or not self.altflip or len(self.flip_mask) != n:
             self.flip_mask = torch.rand(n, device=device) < 0.5
         flip_mask = self.flip_mask.to(device)
@@ -302,7 +303,7 @@ class Conv(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Its weight stays 1, its bias is trained."""
+    """Its bias is trained, its weight stays 1 (D. Page, 2018)."""
 
     def __init__(self, channels, momentum):
         super().__init__(channels, eps=1e-12, momentum=momentum)
@@ -344,7 +345,8 @@ class Net(nn.Module):
     def __init__(self, h=hyp, num_classes=10, device='cpu', dtype=torch.float32):
         super().__init__()
         width1, width2, width3 = h['widths']
-        # 24: the 12 eigenvectors of 2x2 patches of three channels, and their negatives.
+        # 24: the 12 eigenvectors of 2x2 patches of three channels, and their negatives, as GELU
+        # lets little of a negative value pass.
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad = False
         nn.init.zeros_(self.whiten.bias)
@@ -384,8 +386,8 @@ def init_whitening(net, images, eps=5e-4):
     of its eigenvalue, and their negatives.
 
     images: normalised, (N, 3, 32, 32).
-    eps: added to the eigenvalues, so that directions of little variance are not scaled up to
-        noise.
+    eps: added to the eigenvalues, so that the noise in directions of little variance is not scaled
+        up.
     """
     patches = images.float().unfold(2, 2, 1).unfold(3, 2, 1)  # (N, 3, 31, 31, 2, 2)
     patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
@@ -405,13 +407,14 @@ def make_optimizer(net, h):
     The loss is the sum over a batch, so h['lr'], which is for 1,024 images, is divided by 1,024.
 
     It is also divided by 1 + 1 / (1 - momentum). Where the gradient g stays the same, a step of
-    PyTorch's Nesterov SGD comes to lr * g / (1 - momentum). With the division it is
-    lr * g / (2 - momentum), which differs little from 0.8 to 0.95, so that lr and momentum can be
-    tuned independently. The 1 in it is the paper's, with which its hyperparameters were tuned.
+    PyTorch's Nesterov SGD is lr * g times 1 / (1 - momentum). The division makes this factor
+    1 / (2 - momentum): 0.83 to 0.95 for a momentum of 0.8 to 0.95. So lr and momentum can be tuned
+    independently. Without the first 1 the factor would be 1, but the paper's hyperparameters were
+    tuned with it.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
-    decay is divided by the group's lr: then a step decays the weights by the same share at any
-    lr. It still follows the lr's schedule.
+    decay is divided by the group's peak lr: the schedule changes it, and h['lr'] and bias_scaler do
+    not. It grows with batch_size, so that an epoch decays the weights alike at any batch size.
 
     Any other optimizer of PyTorch can be returned; its lr follows the schedule. In float16 Adam
     gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
@@ -459,7 +462,7 @@ def lookahead_update(average, state, decay):
 
 def train_step(net, optimizer, inputs, labels, label_smoothing):
     """Returns the loss, summed over the batch, and the logits."""
-    # As a sum makes gradients large, float16 needs no scaling against underflow.
+    # The loss is a sum, so gradients are large, and float16 needs no loss scaling.
     logits = net(inputs)
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction='sum')
     optimizer.zero_grad()
@@ -475,8 +478,8 @@ def views_of(images, tta_level, mirror):
     The views of normalised images over which logits are averaged (the paper, section 3.5).
 
     tta_level: 0 for the images; 1 for their mirror images too; 2 for these two, and for the same
-        two moved by one pixel, once down and right, once up and left. Those that are not moved
-        have half of the weight.
+        two moved by one pixel, once down and right, once up and left. Half of the total weight is
+        on those that are not moved.
     mirror: False leaves all mirror images out.
 
     Returns pairs of a weight and a view. The weights add up to 1. Raises ValueError for another
@@ -538,15 +541,15 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
-    net: a Net to train on, in place, its first layer as it is (default: a new one, whitened). It
+    net: a Net to train, in place, its first layer as it is (default: a new one, whitened). It
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
         The schedule, the optimizer and Lookahead begin anew.
-    seed: for PyTorch's global generators (default: they go on from where they are). So after each
-        training of one seed they draw the same: take a torch.Generator of your own for random
-        subsets or labels. Trainings in two threads share the global ones, and cannot be
+    seed: sets PyTorch's global generators (default: they go on from where they are). After two
+        trainings with one seed they draw the same: for random subsets or labels, use a
+        torch.Generator of your own. Trainings in two threads share the global ones, and cannot be
         reproduced.
     device: to train on (default: the loader's).
-    dtype: see Net; its name will do (default: the fastest on the device, see default_dtype).
+    dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch, and
@@ -622,7 +625,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if verbose:
             print_row(row)
         stop = None if callback is None else callback(net, row)
-        # A number comes by accident, as the count that file.write returns. Mind that 1 == True.
+        # A number is a mistake, such as what file.write returns. Its type is asked as 1 == True.
         if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
@@ -653,8 +656,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 lookahead_update(average, state, decay)
             if step == total_steps:
                 break
-        # The network becomes the average. The steps since the last update are not in it, and before
-        # the first update there is no average.
+        # The network becomes the average. The steps since the last update are not in it. Before the
+        # first update it is the untrained network.
         if h['lookahead'] and step == total_steps and step >= h['lookahead_every']:
             lookahead_update(average, state, decay=1.0)
         seconds += synchronized_time(device) - start
@@ -727,7 +730,7 @@ def merge(overrides):
 
     Raises TypeError for a name that hyp lacks, and ValueError for a value that makes no sense.
     """
-    # Names of the original, and of the command line.
+    # Names in Jordan's scripts, and on the command line.
     names_here = dict(learning_rate='lr', train_epochs='epochs', run='seed', gpu='device',
                       make_net='net', data='train_loader')
     for key in overrides:
@@ -772,7 +775,7 @@ def merge(overrides):
 
 
 def check_loaders(train_loader, test_loader):
-    """Raises TypeError for what is no loader. It may be that of another script."""
+    """Raises TypeError for what is no loader. That of another script will do."""
     for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
         if loader is not None and not hasattr(loader, 'normalize'):
             raise TypeError(f'{name} must be a CifarLoader, which has the batch size and the '
@@ -780,7 +783,7 @@ def check_loaders(train_loader, test_loader):
 
 
 def check_data(train_loader, test_loader):
-    """Raises ValueError for data that would fail later, or train to no purpose."""
+    """Raises ValueError for data that would fail later, or train in vain."""
     num_classes = len(train_loader.classes)
     for name, loader in (('train_loader', train_loader), ('test_loader', test_loader)):
         if loader is None:
@@ -909,7 +912,7 @@ def count_pflops(h, steps, test_size, num_classes=10, total_steps=None):
 
 
 def is_record(line):
-    """Whether a line is whole. One of a log that was cut off has no closing brace."""
+    """Whether a line is whole. One that was cut off has no closing brace."""
     try:
         json.loads(line)
     except ValueError:
@@ -922,8 +925,8 @@ def read_log(path):
     The headers and the runs of a log, or [] and [] if there is no such file yet.
 
     A log is JSON lines: a header, then a line for each run. Another header stands before the runs
-    of another version. A last line that was cut off, as the process was killed or the disk was
-    full, is left out. Raises ValueError for another file.
+    of another source, PyTorch, device or number of threads. A last line that was cut off, as the
+    process was killed or the disk was full, is left out. Raises ValueError for another file.
     """
     if not path.is_file() or path.stat().st_size == 0:
         return [], []
@@ -956,7 +959,7 @@ def check_experiment(path, header, old):
     for key, value in theirs.items():
         if ours.get(key) != value:
             raise ValueError(f'{path} is of another {key}, {value}, not {ours.get(key)}: name '
-                             'another with --log')
+                             'another log with --log')
 
 
 def lock(file):
@@ -964,7 +967,7 @@ def lock(file):
     try:
         import fcntl
     except ImportError:
-        # Windows locks bytes, which others cannot read then: take one beyond the end.
+        # Windows locks bytes, which others then cannot read: lock one beyond the end.
         import msvcrt
         os.lseek(file.fileno(), 2**30, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -977,9 +980,10 @@ def open_log(path, header):
     Opens a log to add runs to it. Returns the file, the runs that it holds, and a list of what
     differs between header and the headers of these runs, as ['device'].
 
-    Drops a last line that was cut off. Adds the header if the latest in the log says something
-    else, and says if there are runs of another version. Raises ValueError if the log is that of
-    another experiment, if another process writes to it, or if it cannot be written.
+    Drops a last line that was cut off. Adds the header if source, PyTorch, device or threads differ
+    from those of the log's last header, and says if there are runs of others. Raises ValueError if
+    the log is that of another experiment, if another process writes to it, or if it cannot be
+    written.
     """
     header = json.loads(json.dumps(header))  # tuples become lists, as they are in the file
     try:
@@ -990,7 +994,7 @@ def open_log(path, header):
                 lock(log)
             except (BlockingIOError, PermissionError) as error:
                 raise ValueError(f'another process writes to the log {path}: wait until it ends, '
-                                 'or name another with --log') from error
+                                 'or name another log with --log') from error
         headers, runs = read_log(path)
         if headers:
             check_experiment(path, header, headers[-1])
@@ -1010,19 +1014,19 @@ def open_log(path, header):
             if any(old.get(key) != header[key] for old in headers)
         ]
         if not runs:
-            changed = []  # as of a log whose first run was stopped
+            changed = []  # there are headers only: the first run was stopped
         if changed:
             print(f'note: {path} has runs of another {" and ".join(changed)}. The means include '
                   'them, and their seeds are not run again. To measure without them, name another '
-                  'with --log', file=sys.stderr)
+                  'log with --log', file=sys.stderr)
     except OSError as error:
-        raise ValueError(f'cannot write the log {path} ({error.strerror}): name another with '
-                         '--log') from error
+        raise ValueError(f'cannot write the log {path} ({error.strerror}): name another log '
+                         'with --log') from error
     return log, runs, changed
 
 
 def run_once(train_loader, test_loader, seed, dtype, h):
-    """Trains once. Returns the network, None if it diverged, and the line for the log, a dict."""
+    """Trains once. Returns the network (None if it diverged) and the line for the log, a dict."""
     rows = []
     net = None
     try:
@@ -1123,7 +1127,7 @@ def parse_arguments():
 def main():
     """The command line. Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130))
+        signal.signal(number, lambda *_: sys.exit(130))  # so that the summary is printed
     script = Path(__file__).stem
     # torchrun starts a process for each device, which takes its share of the seeds.
     rank = int(os.environ.get('RANK', 0))
@@ -1150,7 +1154,7 @@ def main():
         path = args.log or Path('logs', f'{script}-{now}-{os.getpid()}.jsonl')
         headers, others = [], []
         if 'RANK' in os.environ:
-            # The runs of all ranks, as another number of them may have begun the series.
+            # The runs of all ranks: the series may have begun with more or fewer of them.
             for other in path.parent.glob(f'{glob.escape(path.stem)}.rank*{path.suffix}'):
                 with suppress(ValueError):  # its own rank has yet to begin it, or will refuse it
                     their_headers, their_runs = read_log(other)

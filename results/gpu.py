@@ -112,7 +112,7 @@ def make_step(module, variant, h, device, dtype):
         h,
     )
     if variant in ('compiled', 'reduce-overhead'):
-        captured.is_recorded = False
+        captured.is_cuda = False
     if variant == 'captured-uncounted':
         for layer in [*net.modules(), *captured.net.modules()]:
             if isinstance(layer, module.BatchNorm):

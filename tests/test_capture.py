@@ -81,7 +81,7 @@ def test_the_pool_for_compiling_is_pytorchs(module, height, width, monkeypatch):
     (of_x,) = torch.autograd.grad(expected, x, grad)
 
     def own(x):
-        return module.max_pool(x, own_gradient=True)
+        return module.max_pool(x, custom_backward=True)
 
     compiled = torch.compile(own, fullgraph=True, dynamic=False, backend='aot_eager')
     for pool in (module.MaxPool.apply, compiled):
@@ -194,7 +194,7 @@ class FakeGraphs:
 
     def tensors(self):
         net = self.captured.net
-        return [*net.parameters(), *net.buffers(), *self.captured.momenta()]
+        return [*net.parameters(), *net.buffers(), *self.captured.optimizer_state()]
 
     @contextlib.contextmanager
     def graph(self, graph, stream):
@@ -249,7 +249,7 @@ def test_replays_are_steps(module, tiny, passed_through, monkeypatch):
     plain = module.captured_step(h, 10, device, dtype)
     expected = run(plain)
     captured = module.CapturedStep(plain.net, h)  # without momenta, until there is a step
-    captured.is_recorded = True
+    captured.is_cuda = True
     with monkeypatch.context() as patch:
         fake = FakeGraphs(patch, module, captured)
         for _ in range(2):
@@ -396,7 +396,7 @@ def test_optimizers_read_lr_on_the_device(make, monkeypatch):
                         p.shape, p.stride(), dtype=p.dtype, device='cuda:1'
                     )
         captured = airbench94_muon.CapturedStep(net, airbench94_muon.hyp)
-        assert captured.is_recorded and captured.stream == torch.device('cuda:1')
+        assert captured.is_cuda and captured.stream == torch.device('cuda:1')
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
         for group in captured.groups:
@@ -420,7 +420,7 @@ def test_gradients_of_the_compiled_network(module, size, trained, backend):
     torch.manual_seed(0)
     net = module.Net(module.hyp | dict(widths=(8, 16, 16))).train()
     for block in net.blocks:
-        block.own_gradient = True
+        block.custom_backward = True
     module.init_whitening(net, torch.randn(50, 3, 32, 32))
     net.whiten.bias.requires_grad_(trained)
     images, labels = torch.randn(20, 3, size, size), torch.arange(20) % 10

@@ -27,7 +27,7 @@ COMPILING = {
     'image_sizes',
     'compiled_net',
     'CapturedStep',
-    'SCHEDULE',
+    'NOT_IN_STEP',
     'captured_steps',
     'captured_step',
     'one_at_a_time',

@@ -255,7 +255,7 @@ def test_the_times_in_turn_follow_from_the_logs():
         f'a run of 1 / {flops:.2f} of the PFLOPs takes 1 / {flops * ratio:.2f} of the time' in text
     )
     base, muon = (summarize.summarize(runs)['seconds'] for runs in long)
-    assert f'In turn on the H200 it took {muon / base:.2f} times as long' in text
+    assert f'On the H200, alternating too, it took {muon / base:.2f} times as long' in text
     amax = summarize.summarize(summarize.read_logs([folder / 'h200_amax.jsonl'])[1])
     assert amax['n'] == 8 and f'eight runs took {amax["seconds"]:.2f} s' in text
 
@@ -416,7 +416,7 @@ def test_the_time_without_needless_products_is_as_logged():
         log = json.loads((RESULTS / 'steps' / f'needless_products_{size}.json').read_text())
         times = [times['step'] / times['step of the other'] for times in log['rounds']]
         ratios.append(f'{statistics.median(times):.2f}')
-    said = 'a step of V took {} of its time at 24 pixels, {} at 28 and {} at 32'
+    said = 'a step of V took {} times as long at 24 pixels, {} at 28 and {} at 32'
     assert said.format(*ratios) in text
 
 
@@ -452,11 +452,10 @@ def test_what_is_said_of_the_trials_for_95():
     page = ' '.join((folder / 'README.md').read_text().split())
     _, (run,) = summarize.read_logs([folder / 'translate3.jsonl'])
     learned = 100 * min(run['train_acc'][-2:])
-    said = f'In the last two epochs of seed {run["seed"]} the last batch was learned to at least '
     _, (wider,) = summarize.read_logs([folder / 'wider17.jsonl'])
     too = 100 * min(wider['train_acc'][-2:])
-    also = f'in those of seed {wider["seed"]} to at least {too:.1f}%'
-    assert f'{said}{learned:.1f}%, {also}' in page
+    said = f'{learned:.1f}% for seed {run["seed"]}, and {too:.1f}% for seed {wider["seed"]}.'
+    assert f'the training accuracy on the last batch was at least {said}' in page
 
     _, (narrow,) = summarize.read_logs([folder / 'translate4.jsonl'])
     _, (wide,) = summarize.read_logs([folder / 'wide17.jsonl'])
