@@ -444,7 +444,28 @@ def test_the_trials_for_95_follow_from_their_logs():
         first, *last = map(int, seeds.split(' to '))
         assert [run['seed'] for run in runs] == list(range(first, (last or [first])[0] + 1))
         assert all(word in header['device'] for word in re.findall(r'[\w-]+', device))
-    assert logs == set(folder.glob('*.jsonl'))
+    by_search = set(re.findall(r'\[by search.py\]\((\w+.jsonl)\)', page))
+    assert logs == set(folder.glob('*.jsonl')) - {folder / name for name in by_search}
+
+
+def test_the_trials_for_95_by_the_search_follow_from_their_logs(monkeypatch):
+    """Of what airbench94_muon.py has no option for. The changes are of candidates.py's recipe."""
+    monkeypatch.syspath_prepend(RESULTS / 'search_94_muon')
+    candidates = importlib.import_module('candidates')
+    folder = RESULTS / 'search_95_muon'
+    page = (folder / 'README.md').read_text()
+    rows = re.findall(r'^\| `(\w+=.*?)` \|(.*)\|$', page, re.MULTILINE)
+    assert rows
+    for text, row in rows:
+        pflops, accuracy, error, n, seed, device, log = (cell.strip() for cell in row.split('|'))
+        file = re.fullmatch(r'\[by search.py\]\((\w+.jsonl)\)', log)[1]
+        (run,) = map(json.loads, open(folder / file))
+        arguments = ast.parse(f'dict({text})', mode='eval').body.keywords
+        changes = {argument.arg: ast.literal_eval(argument.value) for argument in arguments}
+        assert run['changes'] == candidates.BASE_95 | changes and not run['diverged']
+        assert (pflops, accuracy) == (f'{run["pflops"]:.2f}', f'{100 * run["selective"]:.2f}')
+        assert (error, n, seed) == ('', '1', str(run['seed']))
+        assert all(word in run['device'] for word in re.findall(r'[\w-]+', device))
 
 
 def test_what_is_said_of_the_trials_for_95():
@@ -470,6 +491,14 @@ def test_what_is_said_of_the_trials_for_95():
     assert f'3 gave {100 * longer["tta_val_acc"]:.2f} in a single run, after {first}' in page
     _, (longest,) = summarize.read_logs([folder / 'wide28.jsonl'])
     assert f'4 gave {100 * longest["tta_val_acc"]:.2f} in a single run.' in page
+
+    (third,) = map(json.loads, open(folder / 'third_convolution.jsonl'))
+    accuracy, without = (
+        f'{100 * value:.2f}' for value in (third['selective'], longer['tta_val_acc'])
+    )
+    assert f'seems to pay no more: {accuracy} after {without}. The compute is the same' in page
+    assert third['pflops'] == pytest.approx(longer['pflops'], rel=0.01)
+    assert f'which is {third["epochs"]:.0f} epochs with it and 24 without.' in page
 
     _, (larger,) = summarize.read_logs([folder / 'larger17.jsonl'])
     accuracy, times = 100 * larger['tta_val_acc'], larger['pflops'] / wide['pflops']
