@@ -965,8 +965,8 @@ class CapturedStep:
 
 # The hyperparameters that a step does not depend on.
 NOT_IN_STEP = ('epochs', 'lr_start', 'lr_peak', 'lr_end', 'lr_tail', 'whiten_bias_epochs',
-            'lookahead', 'lookahead_every', 'lookahead_decay', 'lookahead_power', 'aug', 'altflip',
-            'sizes', 'tta_level')
+               'lookahead', 'lookahead_every', 'lookahead_decay', 'lookahead_power', 'aug',
+               'altflip', 'sizes', 'tta_level')
 captured_steps = {}  # the latest of the process, by what it depends on
 
 
@@ -1134,7 +1134,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if verbose:
             print_row(row)
         stop = None if callback is None else callback(net, row)
-        # A number is a mistake, such as what file.write returns. Its type is asked as 1 == True.
+        # A number is a mistake, such as what file.write returns. Its type is asked, as 1 == True.
         if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')

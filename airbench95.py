@@ -606,7 +606,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if verbose:
             print_row(row)
         stop = None if callback is None else callback(net, row)
-        # A number is a mistake, such as what file.write returns. Its type is asked as 1 == True.
+        # A number is a mistake, such as what file.write returns. Its type is asked, as 1 == True.
         if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
