@@ -620,18 +620,17 @@ class CapturedStep:
     are, is part of the recording. On a CPU a step is run as it is.
 
     net: of compiled_net.
+    optimizer: of make_optimizer, for net. It is what train_step gets.
 
-    The optimizers of make_optimizer must start from a state of zeros. On CUDA they must read lr on
-    the GPU, as PyTorch's optimizers with the argument capturable do, and fused SGD, which is used.
+    The optimizers must start from a state of zeros. On CUDA they must read lr on the GPU, as
+    PyTorch's optimizers with the argument capturable do, and fused SGD, which is used.
     """
 
-    def __init__(self, net, h):
-        net.whiten.bias.requires_grad_(True)  # frozen by the last run, and make_optimizer may ask
+    def __init__(self, net, optimizer, label_smoothing):
         self.net = net
-        self.label_smoothing = h['label_smoothing']
-        self.optimizer = make_optimizer(net, h)
-        made = self.optimizer
-        self.optimizers = made if isinstance(made, list) else [made]
+        self.optimizer = optimizer
+        self.label_smoothing = label_smoothing
+        self.optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peaks = [group['lr'] for group in self.groups]
         self.is_cuda = net.linear.weight.is_cuda
@@ -752,13 +751,14 @@ def captured_step(h, num_classes, device, dtype):
     of_step = {key: value for key, value in h.items() if key not in NOT_IN_STEP}
     net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
                        num_classes, device, dtype)
-    net.whiten.bias.requires_grad_(True)  # frozen by the last run, and make_optimizer may ask
+    net.whiten.bias.requires_grad_(True)  # else make_optimizer might leave it out
+    optimizer = make_optimizer(net, h)
     # An optimizer's repr has all its settings, also those that are not from h.
-    values = of_step, num_classes, device, dtype, make_optimizer(net, h)
-    key = repr(values), Net, make_optimizer, train_step
+    values = repr((of_step, num_classes, device, dtype, optimizer))
+    key = values, Net, make_optimizer, train_step
     if key not in captured_steps:
         captured_steps.clear()
-        captured_steps[key] = CapturedStep(net, h)
+        captured_steps[key] = CapturedStep(net, optimizer, h['label_smoothing'])
     captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
 
@@ -939,8 +939,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 lookahead_update(average, state, decay)
             if step == total_steps:
                 break
-        # The network becomes the average. The steps since the last update are not in it. Before the
-        # first update it is the untrained network.
+        # The network becomes the average, which lacks the steps since its last update. Before the
+        # first update the average is the untrained network.
         if h['lookahead'] and step == total_steps and step >= h['lookahead_every']:
             lookahead_update(average, state, decay=1.0)
         seconds += synchronized_time(device) - start
@@ -982,8 +982,8 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     before the timing.
 
     On a GPU the first use of each kernel is slow. The arguments are those of train; net, seed,
-    verbose and callback have no effect. Seed PyTorch's global generators after it, as the training
-    draws from them.
+    verbose and callback have no effect. It draws from PyTorch's global generators: seed these after
+    it.
     """
     if device is None:
         device = DEVICE if train_loader is None else train_loader.images.device

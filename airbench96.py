@@ -656,8 +656,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 lookahead_update(average, state, decay)
             if step == total_steps:
                 break
-        # The network becomes the average. The steps since the last update are not in it. Before the
-        # first update it is the untrained network.
+        # The network becomes the average, which lacks the steps since its last update. Before the
+        # first update the average is the untrained network.
         if h['lookahead'] and step == total_steps and step >= h['lookahead_every']:
             lookahead_update(average, state, decay=1.0)
         seconds += synchronized_time(device) - start
@@ -696,8 +696,8 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     Sets the process up and, on a GPU, trains for a moment. To be called once, before the timing.
 
     On a GPU the first use of each kernel is slow. The arguments are those of train; net, seed,
-    verbose and callback have no effect. Seed PyTorch's global generators after it, as the training
-    draws from them.
+    verbose and callback have no effect. It draws from PyTorch's global generators: seed these after
+    it.
     """
     if device is None:
         device = DEVICE if train_loader is None else train_loader.images.device

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from a checkout as it stands
 from airbench import CifarLoader, infer, train94, warmup94  # noqa: E402
-from airbench94 import device_name, hyp  # noqa: E402
+from airbench94 import check_data, device_name, hyp  # noqa: E402
 
 
 def subset(loader, indices):
@@ -62,6 +62,7 @@ def main():
             args.data, train=True, batch_size=1024, aug=dict(flip=True, translate=2)
         )
         test_loader = CifarLoader(args.data, train=False)
+        check_data(train_loader, test_loader)
         n = int(0.6 * len(train_loader.images))
         if n < train_loader.batch_size:
             raise ValueError(f'60% of the images are {n}, less than a batch')

@@ -105,12 +105,11 @@ def make_step(module, variant, h, device, dtype):
             return real_compile(function, mode=variant, **options)
 
         torch.compile = compile_in_mode
-    captured = module.CapturedStep(
-        module.compiled_net(
-            module.Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], 10, device, dtype
-        ),
-        h,
+    compiled = module.compiled_net(
+        module.Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], 10, device, dtype
     )
+    optimizer = module.make_optimizer(compiled, h)
+    captured = module.CapturedStep(compiled, optimizer, h['label_smoothing'])
     if variant in ('compiled', 'reduce-overhead'):
         captured.is_cuda = False
     if variant == 'captured-uncounted':

@@ -122,7 +122,7 @@ def test_only_compiled_training_has_its_own_pool(module, monkeypatch, passed_thr
 
 @functools.cache
 def first_run(module, folder, epochs):
-    """The network of a training that is the first of the process, so to speak."""
+    """The network of a training that finds nothing captured."""
     forget_compiled()
     options = basis(module, epochs=epochs, compile=True)
     return module.train(loader_of(module, folder, epoch=2), seed=3, **options)
@@ -248,7 +248,9 @@ def test_replays_are_steps(module, tiny, passed_through, monkeypatch):
         batches = [(torch.randn(100, 3, 32, 32), *rest) for _, *rest in batches]
     plain = module.captured_step(h, 10, device, dtype)
     expected = run(plain)
-    captured = module.CapturedStep(plain.net, h)  # without momenta, until there is a step
+    plain.net.whiten.bias.requires_grad_(True)
+    optimizer = module.make_optimizer(plain.net, h)  # without momenta, until there is a step
+    captured = module.CapturedStep(plain.net, optimizer, h['label_smoothing'])
     captured.is_cuda = True
     with monkeypatch.context() as patch:
         fake = FakeGraphs(patch, module, captured)
@@ -260,18 +262,13 @@ def test_replays_are_steps(module, tiny, passed_through, monkeypatch):
 
 
 @MODULES
-def test_an_lr_that_is_a_whole_number(module, monkeypatch):
-    real = module.make_optimizer
-
-    def make_optimizer(net, h):
-        made = real(net, h)
-        first = made[0] if isinstance(made, list) else made
-        first.param_groups[0]['lr'] = 1
-        return made
-
-    monkeypatch.setattr(module, 'make_optimizer', make_optimizer)
+def test_an_lr_that_is_a_whole_number(module):
     h = module.hyp | dict(widths=(8, 8, 8))
-    captured = module.CapturedStep(module.Net(h), h)
+    net = module.Net(h)
+    made = module.make_optimizer(net, h)
+    first = made[0] if isinstance(made, list) else made
+    first.param_groups[0]['lr'] = 1
+    captured = module.CapturedStep(net, made, label_smoothing=0.2)
     captured(torch.randn(4, 3, 32, 32), torch.arange(4), factor=0.5)
     assert captured.groups[0]['lr'].item() == 0.5
 
@@ -395,7 +392,8 @@ def test_optimizers_read_lr_on_the_device(make, monkeypatch):
                     module._parameters[name] = torch.empty_strided(
                         p.shape, p.stride(), dtype=p.dtype, device='cuda:1'
                     )
-        captured = airbench94_muon.CapturedStep(net, airbench94_muon.hyp)
+        optimizers = airbench94_muon.make_optimizer(net, airbench94_muon.hyp)
+        captured = airbench94_muon.CapturedStep(net, optimizers, label_smoothing=0.2)
         assert captured.is_cuda and captured.stream == torch.device('cuda:1')
         for p in net.parameters():
             p.grad = torch.zeros_like(p)

@@ -92,6 +92,17 @@ def test_data_selection_of_less_than_a_batch(tmp_path, monkeypatch, capsys, sele
     assert loaders == [] and not (tmp_path / 'log.jsonl').exists()
 
 
+def test_data_selection_with_other_classes_to_test_on(tmp_path, monkeypatch, capsys, selection):
+    write_split(tmp_path / 'test.pt', 80, seed=0)
+    data = torch.load(tmp_path / 'test.pt')
+    torch.save(data | dict(labels=data['labels'] + 1, classes=list('0123456789a')),
+               tmp_path / 'test.pt')  # fmt: skip
+    words = ['--data', tmp_path, '--log', tmp_path / 'log.jsonl']
+    assert run_example('data_selection', words, monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and 'test_loader.labels must be from 0 to 9' in err
+
+
 def test_data_selection_without_data(tmp_path, monkeypatch, capsys):
     (tmp_path / 'train.pt').write_text('no data')
     monkeypatch.chdir(tmp_path)
