@@ -47,7 +47,7 @@ def load_net(file, script=None, device=DEVICE, dtype=None):
     """
     The network that a script wrote with --save, in evaluation mode. net.classes are its classes.
 
-    script: the module that has its Net, or its name, if that is not a script of airbench.
+    script: for a network of a script of your own, that module, or its name.
     device: where to put it.
     dtype: see Net (default: that of its training, but float32 on a Mac's GPU, and for float16 on a
         CPU, where float16 is several times slower).

@@ -1,8 +1,9 @@
 """
 What do the alternating flip and the Lookahead contribute to airbench94.py?
 
-Trains with the recipe, without the one and without the other, in turn, so that what disturbs the
-machine disturbs all alike. The logs are those of airbench94.py. The same command continues them.
+Three recipes take turns, a run each: the script's own, one with a random flip, and one without
+Lookahead. So what disturbs the machine disturbs all three alike. The logs are those of
+airbench94.py. The same command continues them.
 
     python examples/ablations.py --data DIR --runs 50 --folder logs
     python results/summarize.py logs/baseline.jsonl --against logs/random_flip.jsonl

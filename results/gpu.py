@@ -6,7 +6,8 @@ trials and a search fit into one. No command takes ten minutes:
     python results/gpu.py bench --out DIR --seconds 570                # needs no data
     python results/gpu.py runs --out DIR --seconds 570 --data FOLDER   # the real data
     python results/gpu.py trials --out DIR --seconds 150 --data FOLDER --target 95 --seed 840
-    python results/gpu.py search --out DIR --seconds 420 --data FOLDER --target 96 --seed 9600
+    python results/gpu.py search --out DIR --seconds 420 --data FOLDER --target 96 --seed 9600 \
+        --processes 3
 
 bench and runs are lists of commands, the most important first. One that would not fit into the
 seconds that are left is skipped. The 570 seconds are enough for bench up to the tests on CUDA, and
@@ -22,8 +23,10 @@ process for each, as times are not asked for, and their accuracies are printed.
 
 The search trains what search_94_muon/candidates.py has for --target, --processes at a time, and is
 stopped when its seconds are over. It prints what each change added to the accuracy, for which there
-must be two more runs than changes. For 96% a run has 2.2 PFLOPs, and six at a time take 91 seconds
-at 145 TFLOP/s: 420 seconds are for 24 runs, and 8 are needed. For 95% 18 are needed, of 0.45.
+must be two more runs than changes. For 96% a run has 2.2 PFLOPs, and three at a time take 46
+seconds at 145 TFLOP/s: 420 seconds are for some 24 runs, and 8 are needed. Those that have not
+ended by then are lost: at worst one of each process, as the runs are alike. For 95% 18 are needed,
+of 0.45.
 
 All runs of trials and search that ended are in DIR/trials.tar or DIR/search.tar. These are written
 anew every 15 seconds, as the program may be killed. SIGTERM ends it, and what it has started; where
@@ -362,10 +365,10 @@ def stop_process(process):
     process.wait()
 
 
-def watch(processes, start, args, is_done=lambda: False):
-    """Waits until the processes end, or the seconds are over, or is_done(). Packs now and then."""
+def watch(processes, end, args, is_done=lambda: False):
+    """Waits until the processes end, or time.monotonic() is end, or is_done(). Packs meanwhile."""
     packed = time.monotonic()
-    while time.monotonic() - start < args.seconds and not is_done():
+    while time.monotonic() < end and not is_done():
         if all(process.poll() is not None for process in processes):
             break
         time.sleep(0.5)
@@ -434,7 +437,7 @@ def trials(args):
                 command += ['--widths', f'({8 + 8 * i},8,8)', '--batch_size', '20', '--epochs', '1']
             processes.append(start_process(command, log.with_suffix('.out'), args))
             logs.append(log)
-        watch(processes, start, args)
+        watch(processes, start + args.seconds, args)
     finally:
         for process in processes:
             stop_process(process)
@@ -444,9 +447,11 @@ def trials(args):
         runs = [json.loads(line) for line in lines]
         values = [100 * run['tta_val_acc'] for run in runs if not run['diverged']]
         mean = f'{statistics.fmean(values):.2f}' if values else 'none'
-        error = f' ± {statistics.stdev(values) / len(values) ** 0.5:.2f}' if values[1:] else ''
+        error = ''
+        if len(values) > 1:
+            error = f', std. error {statistics.stdev(values) / len(values) ** 0.5:.2f}'
         pflops = f', {runs[0]["pflops"]:.2f} PFLOPs' if runs else ''
-        print(f'{" ".join(words)}: {mean}{error} ({len(values)}){pflops}', flush=True)
+        print(f'{" ".join(words)}: {mean}{error}, n = {len(values)}{pflops}', flush=True)
         if len(values) < 4:
             for line in output_lines(log.with_suffix('.out'))[-2:]:
                 print('    ' + line[:200], flush=True)
@@ -484,7 +489,7 @@ def search(args):
             output = log.with_suffix('.out')
             processes.append(start_process(command, output, args, OMP_NUM_THREADS=str(threads)))
         # They never end by themselves, unless they fail.
-        watch(processes, start, args, lambda: len(finished_runs()) == len(lines))
+        watch(processes, start + args.seconds, args, lambda: len(finished_runs()) == len(lines))
     finally:
         for process in processes:
             stop_process(process)
@@ -531,13 +536,13 @@ def run_all(args):
         processes = []
         try:
             processes.append(start_process(command, output, args))
-            code = processes[0].wait(timeout=min(left, 2 * seconds))
-        except subprocess.TimeoutExpired:
-            code = 'stopped'
+            watch(processes, time.monotonic() + min(left, 2 * seconds), args)
+            code = processes[0].poll()
         finally:
             for process in processes:
                 stop_process(process)
             pack(args)
+        code = 'stopped' if code is None else code
         print(f'{name}: {code}, {time.monotonic() - begin:.0f} s', flush=True)
         lines = [line for line in output_lines(output) if 'Profiler' not in line]
         for line in lines[-3:]:

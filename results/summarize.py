@@ -117,7 +117,8 @@ def summarize(runs):
             mean=statistics.fmean(accuracies),
             seconds=statistics.fmean(run['seconds'] for run in finished),
             fastest=min(finished, key=lambda run: run['seconds']),
-            pflops=finished[0].get('pflops'),
+            # None where a log lacks it.
+            pflops=finished[0].get('pflops') if all('pflops' in run for run in finished) else None,
         )
     if n > 1:
         std = statistics.stdev(accuracies)
@@ -164,8 +165,8 @@ def readme_cell(summary):
 
 def readme_time(run):
     """
-    A run's cell in the README's table of processors: seconds and TFLOP/s, in three figures at
-    least.
+    A run's cell in the README's table of processors: seconds, with three figures from 1 s on, and
+    TFLOP/s.
     """
     seconds, rate = run['seconds'], 1000 * run['pflops'] / run['seconds']
     return f'{seconds:.{max(0, 2 - int(math.log10(seconds)))}f} s, {rate:.{2 if rate < 10 else 0}f}'

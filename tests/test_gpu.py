@@ -13,13 +13,14 @@ import tarfile
 import threading
 import time
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, write_split
+from torch import nn
 
 import airbench94_muon
+import airbench96
 
 sys.path.insert(0, str(ROOT / 'results'))
 import gpu  # noqa: E402
@@ -189,7 +190,8 @@ def test_trials_at_once(run, data, tmp_path, monkeypatch):
         assert header['hyperparameters']['compile'] is False
         assert [each['seed'] for each in runs] == [7, 8, 9, 10]
         mean = statistics.fmean(100 * each['tta_val_acc'] for each in runs)
-        assert line.startswith(f'{" ".join(trial)}: {mean:.2f} ± ') and '(4), 0.00 PFLOPs' in line
+        assert line.startswith(f'{" ".join(trial)}: {mean:.2f}, std. error ')
+        assert line.endswith(', n = 4, 0.00 PFLOPs')
 
 
 def test_there_are_no_trials_for_96(run, capsys):
@@ -266,7 +268,7 @@ def test_what_fails_says_why(stage, run, fake, data):
     for script in gpu.ROOT.rglob('*.py'):
         script.write_text("import sys; sys.exit('no memory')")
     first, second = run(stage, '--data', data, '--processes', '1')
-    start = dict(trials='--lr 1: none (0)', search='0 runs of 320 in ')[stage]
+    start = dict(trials='--lr 1: none, n = 0', search='0 runs of 320 in ')[stage]
     assert first.startswith(start) and second == '    no memory'
 
 
@@ -280,7 +282,7 @@ def assert_nothing_runs(tmp_path):
 @pytest.mark.parametrize('stage', ('runs', 'trials'))
 def test_what_takes_too_long_is_stopped(stage, run, fake, data, tmp_path):
     first, second = run(stage, '--data', data, seconds=8)  # time to begin, on a busy machine
-    assert first.startswith(dict(runs='fake: stopped, ', trials='--lr 1: 50.00 (1)')[stage])
+    assert first.startswith(dict(runs='fake: stopped, ', trials='--lr 1: 50.00, n = 1')[stage])
     assert second == '    �'
     assert_nothing_runs(tmp_path)
 
@@ -335,7 +337,7 @@ def test_candidates_are_recipes_of_the_search(candidates, target, half):
         assert sum(share for share, *_ in changes['stages']) == pytest.approx(1)
         if not half:  # it is of one image
             with torch.device('meta'):
-                search.forward_flops(SimpleNamespace(**search.base | changes), 24)
+                search.forward_flops(search.settings(changes), 24)
         assert candidates.changes_on(target, changes, half) == names
     assert candidates.changes_on(target, changes | dict(translate=1), half) is None
     lines = map(json.loads, candidates.queue(target, 40, 5, half))
@@ -399,6 +401,62 @@ def test_a_search_knows_a_run_that_diverged(candidates, search, monkeypatch):
     monkeypatch.setattr(search, 'DTYPE', torch.float32)
     changes = gpu.shrunk(candidates.recipe('96', [])) | dict(head_lr=1e38)
     assert search.run(changes, seed=0)['diverged'] is True
+
+
+def test_the_cutout_of_the_search_is_of_the_image_before_it_is_reduced(search, monkeypatch):
+    images, labels = search.data['train']
+    monkeypatch.setitem(search.data, 'train', (torch.ones_like(images), labels))
+    h = search.settings(dict(cutout=16))
+    mirrored, order = torch.zeros(60, dtype=torch.bool), torch.arange(60)
+    for size in (32, 16):
+        ((x, _, _),) = search.batches(h, mirrored, order, size, 'bilinear', 60)
+        assert x.shape == (60, 3, size, size)
+        assert x.mean((1, 2, 3)).allclose(torch.tensor(0.75))
+
+
+def test_the_residual_of_a_third_convolution_is_airbench96s(search):
+    h = search.settings(dict(extra=[0, 0, 2], widths=[8, 8, 8], early_pool=False))
+    ours, theirs = search.Net(h).blocks[2], airbench96.Block(8, 8, h.bn_momentum)
+    for name, module in theirs.named_children():
+        if name.startswith('conv'):
+            nn.init.normal_(module.weight)
+        getattr(ours, name).load_state_dict(module.state_dict())
+    x = torch.randn(4, 8, 6, 6)
+    assert ours(x).allclose(theirs(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('features', (384, 512))
+def test_the_search_gives_the_head_the_scripts_lr(candidates, search, features):
+    """What a step of SGD adds to the logits, by each feature and unit of their gradient."""
+    base = candidates.BASE_95
+    h = search.settings(base | dict(mids=[8, 8, features], widths=[8, 8, features]))
+    script = airbench94_muon.hyp | dict(widths=(8, 8, features))
+    net = airbench94_muon.Net(script)
+    sgd, _ = airbench94_muon.make_optimizer(net, script)
+    expected = sgd.param_groups[1]['lr'] * net.scaling_factor**2
+    assert h.head_lr / search.Net(h).head_scale ** 2 == pytest.approx(expected, rel=0.01)
+
+
+def test_batchnorm_over_parts_of_a_batch_averages_as_over_all_of_it(search):
+    for scale, parts in ((1.0, 4), (0.5, 2)):
+        h = search.settings(dict(ghost=500, batch_scale=scale))
+        assert (1 - search.norm(4, h).momentum) ** parts == pytest.approx(1 - h.bn_momentum)
+
+
+def test_a_recipe_that_fails_does_not_end_the_search(
+    candidates, search, monkeypatch, tmp_path, capsys
+):
+    queue, log = tmp_path / 'queue', tmp_path / 'log'
+    good = gpu.shrunk(candidates.BASE_95)
+    lines = [json.dumps(good | dict(seed=seed, act=act)) for seed, act in ((1, 'no'), (2, 'gelu'))]
+    queue.write_text('\n'.join(lines))
+    monkeypatch.setattr(search, 'load', lambda root: None)
+    monkeypatch.setattr(sys, 'argv', ['search.py', str(queue), str(log), 'absent'])
+    monkeypatch.setattr(time, 'sleep', lambda seconds: sys.exit('waits for more lines'))
+    with pytest.raises(SystemExit, match='waits for more'):
+        search.main()
+    assert [json.loads(line)['seed'] for line in log.read_text().splitlines()] == [2]
+    assert "KeyError: 'no'" in capsys.readouterr().err
 
 
 def test_a_design_tells_the_changes_apart(candidates):

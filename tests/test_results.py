@@ -277,7 +277,9 @@ def test_what_is_said_of_the_recipe_before():
     pflops = summary['pflops']
     seconds = summarize.readme_time(summary).split(',')[0]
     assert f'took {pflops:.2f} PFLOPs, and had {accuracy} in 25 runs on the H200' in text
-    assert f'V took {seconds}' in text
+    _, base = summarize.read_logs([RESULTS / 'airbench94' / 'h200.jsonl'])
+    fast = summarize.readme_time(summarize.summarize(base)).split(',')[0]
+    assert f'V took {seconds}, when airbench94.py took {fast}.' in text
     steps = math.ceil(header['hyperparameters']['epochs'] * 25)
     h = airbench94_muon.hyp | dict(sizes=header['hyperparameters']['crops'])
     fewer = airbench94_muon.count_pflops(h, steps, 10000)
@@ -311,13 +313,10 @@ def test_what_is_said_of_the_h200():
         f'took {mean:.2f} s in the mean of {len(base)} more runs ({min(base):.2f} to '
         f'{max(base):.2f} s; {accuracy}, not in the table; [log](airbench94/h200_turn.jsonl))'
     ) in text
-    fast = statistics.fmean(
-        run['seconds'] for run in summarize.read_logs([RESULTS / 'airbench94' / 'h200.jsonl'])[1]
-    )
     compiled, muon = (statistics.fmean(seconds) for seconds in others)
     assert (
-        f'The {fast:.2f} s are of another machine than the {compiled:.2f} and {muon:.2f} s: on '
-        f'theirs airbench94.py took {mean:.2f} s.'
+        f'The {compiled:.2f} and {muon:.2f} s are of another machine, on which airbench94.py took '
+        f'{mean:.2f} s.'
     ) in readme
     stds = [f'{statistics.stdev(seconds):.2f}' for seconds in others]
     ratios = [f'{statistics.fmean(seconds) / mean:.2f}' for seconds in others]
@@ -462,7 +461,9 @@ def test_the_trials_for_95_by_the_search_follow_from_their_logs(monkeypatch):
         (run,) = map(json.loads, open(folder / file))
         arguments = ast.parse(f'dict({text})', mode='eval').body.keywords
         changes = {argument.arg: ast.literal_eval(argument.value) for argument in arguments}
-        assert run['changes'] == candidates.BASE_95 | changes and not run['diverged']
+        recipe = candidates.BASE_95 | changes
+        del recipe['head_scale']  # which search.py did not have yet
+        assert run['changes'] == recipe and not run['diverged']
         assert (pflops, accuracy) == (f'{run["pflops"]:.2f}', f'{100 * run["selective"]:.2f}')
         assert (error, n, seed) == ('', '1', str(run['seed']))
         assert all(word in run['device'] for word in re.findall(r'[\w-]+', device))

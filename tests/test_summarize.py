@@ -106,6 +106,16 @@ def test_runs_of_two_machines_are_said_to_be(tmp_path, capsys):
         assert f'note               the runs are of 2 {what}' in out, what
 
 
+def test_logs_with_and_without_pflops(tmp_path, capsys):
+    with_pflops = write_log(tmp_path / 'a', [a_run(1, 0.93)])
+    run = a_run(0, 0.93)  # the faster one
+    del run['pflops']
+    without = write_log(tmp_path / 'b', [run])
+    assert summarize.main([with_pflops, without]) == 0
+    out = capsys.readouterr().out
+    assert '15.00 in the mean, 10.00 the fastest' in out and 'PFLOPs' not in out
+
+
 def test_one_run_has_no_spread(tmp_path, capsys):
     assert summarize.main([write_log(tmp_path / 'a', [a_run(0, 0.93)])]) == 0
     out = capsys.readouterr().out

@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,9 @@ base = dict(
     # padding
     small_maps=False,
     groups=[[1, 1], [1, 1], [1, 1]],  # of channels, of each block's convolutions
-    extra=[0, 0, 0],  # a third convolution in the block, with a residual
+    # a third convolution in the block. 1: with a residual around it alone, added before the
+    # activation; 2: as in airbench96.py, with one around the second and third, added after it
+    extra=[0, 0, 0],
     pools=[
         '2x2',
         '2x2',
@@ -101,9 +104,12 @@ base = dict(
     # or maxavg: the mean of the maximum and the average over positions; or both: block 2's maxima
     # too, beside block 3's
     head='max',
+    # the logits are divided by it; None: by the number of features. airbench94_muon.py acts as if
+    # it was 384 at all widths.
+    head_scale=None,
     ghost=0,  # BatchNorm over so many images at a time
     dropout=0.0,  # of the features before the head
-    cutout=0,  # pixels
+    cutout=0,  # pixels, of the image before it is reduced
     lr_end=0.0,  # share of the peak
     lr_power=1.0,  # of the share of the steps that are left
     # [share of the steps, share of the peak]: at last the lr is constant, with a Lookahead every 4
@@ -204,7 +210,9 @@ class GhostNorm(nn.BatchNorm2d):
 
 
 def norm(channels, h):
-    momentum = 1 - (1 - h.bn_momentum) ** (h.ghost / 2000) if h.ghost else h.bn_momentum
+    momentum = h.bn_momentum
+    if h.ghost:  # so that a step's updates of the running averages add up to bn_momentum
+        momentum = 1 - (1 - momentum) ** (h.ghost / h.stages[0][3])
     module = GhostNorm(channels, eps=1e-12, momentum=momentum)
     module.size = h.ghost
     module.weight.requires_grad = False
@@ -246,16 +254,22 @@ class Block(nn.Module):
         self.gate, self.pool = h.gate, 'none' if h.strided[i] or pooled_before else h.pools[i]
         if h.gate:
             self.gate_weight = nn.Parameter(torch.zeros(cout, cout))
-        if h.extra[i]:
+        self.extra = h.extra[i]
+        if self.extra:
             self.conv3, self.norm3 = convolution(cout, cout, h), norm(cout, h)
 
     def forward(self, x):
         x = self.conv1(pool(x, self.pool)) if self.pool_first else pool(self.conv1(x), self.pool)
-        x = self.norm2(pool(self.conv2(self.act(self.norm1(x))), self.pool_last))
+        residual = self.act(self.norm1(x))
+        x = self.norm2(pool(self.conv2(residual), self.pool_last))
         if self.gate:
             x = x * (2 * torch.sigmoid(x.mean((2, 3)) @ self.gate_weight.T))[..., None, None]
         x = self.act(x)
-        return self.act(self.norm3(self.conv3(x)) + x) if hasattr(self, 'conv3') else x
+        if self.extra == 1:
+            return self.act(self.norm3(self.conv3(x)) + x)
+        if self.extra == 2:
+            return self.act(self.norm3(self.conv3(x))) + residual
+        return x
 
 
 class Net(nn.Module):
@@ -271,6 +285,7 @@ class Net(nn.Module):
             self.linear.weight /= self.linear.weight.std()
         self.head, self.dropout = h.head, nn.Dropout(h.dropout)
         self.block1_share = h.block1_share
+        self.head_scale = h.head_scale or self.linear.in_features
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
@@ -298,7 +313,7 @@ class Net(nn.Module):
             if self.head == 'both':
                 x = torch.cat((x, of_block2.amax((2, 3))), 1)
             x = self.linear(self.dropout(x))
-        return x.float() / self.linear.in_features
+        return x.float() / self.head_scale
 
 
 @torch.no_grad()
@@ -420,8 +435,6 @@ def batches(h, flip_mask, order, size, how, batch_size):
             crops = x.unfold(2, size, 1).unfold(3, size, 1)
             rows, columns = torch.randint(crops.size(2), (2, len(idx)), device=DEVICE)
             x = crops[torch.arange(len(idx), device=DEVICE), :, rows, columns]
-        if how in ('area', 'bilinear'):
-            x = F.interpolate(x, size=size, mode=how)
         if h.contrast or h.brightness:
             x = x * (1 + h.contrast * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1))
             x = x + h.brightness * (2 * torch.rand(len(x), 1, 1, 1, device=DEVICE) - 1)
@@ -433,6 +446,10 @@ def batches(h, flip_mask, order, size, how, batch_size):
             at = torch.arange(x.size(-1), device=DEVICE)
             inside = [(at >= start) & (at < start + h.cutout) for start in (y0, x0)]
             x = x.masked_fill(inside[0].mT & inside[1], 0)
+        if how == 'bilinear' and DEVICE == 'cuda':
+            x = airbench94_muon.resize(x, size)  # which is quicker there
+        elif how in ('area', 'bilinear'):
+            x = F.interpolate(x, size=size, mode=how)
         yield x, labels[idx], idx
 
 
@@ -452,14 +469,18 @@ def lookahead_update(average, state, decay):
         fast.copy_(slow)
 
 
-def run(changes, seed, save=None):
+def settings(changes):
+    """`base` and the changes, as a namespace. Each stage has its batch size."""
     h = SimpleNamespace(**base | changes)
-    torch.manual_seed(seed)
-    h.stages = [
-        [*stage, 2000][:4] for stage in h.stages
-    ]  # the first runs' stages had no batch size
+    h.stages = [[*stage, 2000][:4] for stage in h.stages]
     for stage in h.stages:
         stage[3] = round(h.batch_scale * stage[3])
+    return h
+
+
+def run(changes, seed, save=None):
+    h = settings(changes)
+    torch.manual_seed(seed)
     flops = {size: forward_flops(h, size) for size in {size for _, size, *_ in h.stages}}
     # Images are tested as in the last stage: their centre, or the whole image reduced.
     last = flops[h.stages[-1][1]]
@@ -484,7 +505,9 @@ def run(changes, seed, save=None):
     net = Net(h).to(DEVICE).train()
     filters = filters_of(net)
     biases = [p for name, p in net.named_parameters() if 'norm' in name and p.requires_grad]
-    decay, peaks = h.weight_decay * 2000, [h.bias_lr, h.bias_lr, h.head_lr]
+    # An epoch decays the weights alike at any batch_scale.
+    decay = h.weight_decay * 2000 * h.batch_scale
+    peaks = [h.bias_lr, h.bias_lr, h.head_lr]
     sgd = torch.optim.SGD(
         [
             dict(params=params, lr=lr, weight_decay=decay / lr)
@@ -623,8 +646,12 @@ def main():
             time.sleep(5)
             continue
         changes = json.loads(lines[done])
-        record = run(changes, changes.pop('seed'), changes.pop('save', None))
         done += 1
+        try:
+            record = run(changes, changes.pop('seed'), changes.pop('save', None))
+        except Exception:  # the next recipe may do
+            traceback.print_exc()
+            continue
         with open(log, 'a') as file:
             file.write(json.dumps(record) + '\n')
 

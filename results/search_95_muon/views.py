@@ -56,7 +56,7 @@ KINDS = {
 
 def load_net(file):
     """The network and the seed of its training."""
-    saved = torch.load(file, weights_only=True)
+    saved = torch.load(file, map_location='cpu', weights_only=True)
     net = airbench94_muon.Net(saved['hyperparameters'])
     net.load_state_dict(saved['state_dict'])
     return net.eval(), saved['seed']
