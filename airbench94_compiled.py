@@ -179,7 +179,8 @@ class CifarLoader:
     drop_last: leave out a last batch that is smaller (default: the value of train).
     shuffle: take the images in a new order in each epoch (default: the value of train).
     altflip: mirror in every other epoch, not at random (the paper, section 3.6).
-    device: where the images are kept and the batches are made.
+    device: where the images are kept and the batches are made (default: cuda if there is one, else
+        cpu).
 
     Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
 
@@ -297,7 +298,7 @@ class Conv(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Its bias is trained, its weight stays 1 (D. Page, 2018)."""
+    """Its bias is trained, its weight stays 1 (D. Page, How to Train Your ResNet 8)."""
 
     def __init__(self, channels, momentum):
         super().__init__(channels, eps=1e-12, momentum=momentum)
@@ -437,7 +438,8 @@ def init_whitening(net, images, eps=5e-4):
 
 def make_optimizer(net, h):
     """
-    Nesterov SGD, its hyperparameters decoupled (the paper, appendix; D. Page, 2018).
+    Nesterov SGD, its hyperparameters decoupled (the paper, appendix; D. Page, How to Train Your
+    ResNet 5).
 
     The loss is the sum over a batch, so h['lr'], which is for 1,024 images, is divided by 1,024.
 
@@ -448,8 +450,8 @@ def make_optimizer(net, h):
     tuned with it.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
-    decay is divided by the group's peak lr: the schedule changes it, and h['lr'] and bias_scaler do
-    not. It grows with batch_size, so that an epoch decays the weights alike at any batch size.
+    decay is divided by the group's peak lr: h['lr'] and bias_scaler do not change it, the schedule
+    does. It grows with batch_size, so that an epoch decays the weights alike at any batch size.
 
     Any other optimizer of PyTorch can be returned; its lr follows the schedule. In float16 Adam
     gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
@@ -496,7 +498,14 @@ def lookahead_update(average, state, decay):
 
 
 def train_step(net, optimizer, inputs, labels, label_smoothing):
-    """Returns the loss, summed over the batch, and the logits."""
+    """
+    A step of training.
+
+    inputs: normalised, (B, 3, 32, 32).
+    labels: int64 (B,).
+
+    Returns the loss, float32, summed over the batch, and the logits, float32 (B, num_classes).
+    """
     # The loss is a sum, so gradients are large, and float16 needs no loss scaling.
     logits = net(inputs)
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction='sum')
@@ -512,6 +521,7 @@ def views_of(images, tta_level, mirror):
     """
     The views of normalised images over which logits are averaged (the paper, section 3.5).
 
+    images: (N, 3, 32, 32).
     tta_level: 0 for the images; 1 for their mirror images too; 2 for these two, and for the same
         two moved by one pixel, once down and right, once up and left. Half of the total weight is
         on those that are not moved.
@@ -803,7 +813,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
         it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
-        how a new network whitens: shuffle images that are sorted.
+        how a new network whitens: shuffle images that are sorted. Epochs are of its images: a
+        share s of them needs epochs / s for as many steps.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
@@ -1013,6 +1024,7 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
         overrides |= dict(lr=1e-3, weight_decay=0)
+    # With a callback it evaluates, which is to be warm too.
     with suppress(FloatingPointError):  # if it diverges, the run itself is to say so
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,
               callback=lambda net, row: None, **overrides)
@@ -1099,7 +1111,7 @@ def check_data(train_loader, test_loader):
 
 
 def cpu_capabilities():
-    """What PyTorch knows of the processor, a dict. Before 2.11 it cannot tell."""
+    """What PyTorch knows of the processor, a dict. It is empty before PyTorch 2.11."""
     if hasattr(torch.cpu, 'get_capabilities'):
         return torch.cpu.get_capabilities()
     return {}
@@ -1121,7 +1133,10 @@ def device_name(device):
 
 
 def default_dtype(device):
-    """The fastest for training: float16 on CUDA, bfloat16 on some CPUs, float32 elsewhere."""
+    """
+    The fastest for training: float16 on CUDA, bfloat16 on some CPUs, float32 elsewhere. Before
+    PyTorch 2.11 it is float32 on all CPUs: there give bfloat16 where it is faster.
+    """
     if device.type == 'cuda':
         return torch.float16
     capabilities = cpu_capabilities()
@@ -1187,16 +1202,16 @@ def print_summary(runs, synthetic, changed):
         print(f'{line}   n {len(values)}', flush=True)
 
 
-def count_pflops(h, steps, test_size, num_classes=10, total_steps=None):
+def count_pflops(h, steps, test_size, num_classes=10):
     """
     The compute of a run in PFLOPs, by the paper's convention.
 
     An image costs three forward passes in training, and one for each view that it is tested on.
 
+    h: hyperparameters.
     steps: of training.
     test_size: how many images were tested with test-time augmentation.
-    total_steps: of the schedule. It is for airbench94_muon.py, where the size of the images
-        depends on it (default: steps).
+    num_classes: outputs of the network.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it can import Triton
     mirror = bool(h['aug'].get('flip'))  # as in train
@@ -1332,9 +1347,8 @@ def run_once(train_loader, test_loader, seed, dtype, h):
     except FloatingPointError as error:
         print(f'seed {seed}: {error}', file=sys.stderr)
     last = rows[-1]
-    total_steps = math.ceil(h['epochs'] * len(train_loader))
     tested = 0 if net is None else len(test_loader.images)
-    pflops = count_pflops(h, last['steps'], tested, len(train_loader.classes), total_steps)
+    pflops = count_pflops(h, last['steps'], tested, len(train_loader.classes))
     run = dict(
         type='run',
         seed=seed,
@@ -1399,7 +1413,8 @@ def parse_arguments():
     add('--runs', type=int,
         help='how many, of the seeds SEED, SEED + 1 and so on (default: 25 on CUDA, else 1)')
     add('--seed', type=int, help='of the first run (default: 0, or that of the log)')
-    add('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10)')
+    add('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10). All are '
+        "normalised by CIFAR-10's mean and std")
     add('--device', type=device, default=DEVICE, help='(default: cuda if there is one, else cpu)')
     add('--dtype', choices=('float16', 'bfloat16', 'float32'), help='(default: the fastest)')
     add('--log', type=path,
@@ -1441,7 +1456,9 @@ def main():
     gpus = torch.cuda.device_count()
     if 'LOCAL_RANK' in os.environ:
         local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
+        # torchrun gives each of several processes one thread, unless the user has set the number.
+        if os.environ.get('OMP_NUM_THREADS') == '1':
+            torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
         if local_rank < gpus:
             torch.cuda.set_device(local_rank)
     try:  # what is caught here are the user's mistakes: arguments, data, log
@@ -1450,9 +1467,9 @@ def main():
         if args.device.type == 'cuda' and local_rank >= gpus:
             raise ValueError(f'torchrun starts more processes than the {gpus} GPUs: give it a '
                              'lower --nproc-per-node')
-        train_loader = CifarLoader(args.data, True, h['batch_size'], h['aug'],
+        train_loader = CifarLoader(args.data, batch_size=h['batch_size'], aug=h['aug'],
                                    altflip=h['altflip'], device=args.device)
-        test_loader = CifarLoader(args.data, False, device=args.device)
+        test_loader = CifarLoader(args.data, train=False, device=args.device)
         check_data(train_loader, test_loader)
 
         now = time.strftime('%Y%m%d-%H%M%S')
@@ -1466,7 +1483,8 @@ def main():
                     headers += their_headers
                     others += their_runs
             path = path.with_suffix(f'.rank{rank}{path.suffix}')
-        headers += read_log(path)[0]
+        own_headers, own_runs = read_log(path)
+        headers += own_headers
         old = headers[-1] if headers else {}
         fastest = str(default_dtype(args.device)).removeprefix('torch.')
         dtype = args.dtype or old.get('dtype', fastest)
@@ -1488,9 +1506,6 @@ def main():
             time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
             source=Path(__file__).read_text(encoding='utf-8'),
         )
-        set_up_process(args.device)
-        log, runs, changed = open_log(path, header)
-        done = {run['seed'] for run in runs + others}
         seeds = range(first_seed + rank, first_seed + args.runs, world_size)
         if args.save:
             if args.save.is_file():
@@ -1498,7 +1513,7 @@ def main():
             args.save.mkdir(parents=True, exist_ok=True)
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
                           classes=train_loader.classes, data=header['data'])
-            has_net = {run['seed'] for run in runs + others if not run['diverged']}
+            has_net = {run['seed'] for run in own_runs + others if not run['diverged']}
             missing = []
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
@@ -1510,6 +1525,8 @@ def main():
                 print(f'note: {args.save} lacks the networks of {len(missing)} logged runs, of '
                       f'seed {missing[0]} for example. To train them again, name another --log',
                       file=sys.stderr)
+        log, runs, changed = open_log(path, header)  # last, as it writes to the log
+        done = {run['seed'] for run in runs + others}
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]
         print(f'{script}: error: {first_line}', file=sys.stderr)

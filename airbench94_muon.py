@@ -84,7 +84,7 @@ hyp = dict(
     widths=(72, 288, 384),   # channels of the three blocks
     bn_momentum=0.4,         # the weight of the new batch in BatchNorm's running averages
     scaling_factor=1 / 9,    # of the logits
-    compile=None,            # by torch.compile; None: on CUDA, from the command line
+    compile=None,            # by torch.compile; None: on CUDA main does, train does not
     tta_level=2,             # 0: the image, 1: and its mirror, 2: see infer
 )
 
@@ -190,7 +190,8 @@ class CifarLoader:
     drop_last: leave out a last batch that is smaller (default: the value of train).
     shuffle: take the images in a new order in each epoch (default: the value of train).
     altflip: mirror in every other epoch, not at random (the paper, section 3.6).
-    device: where the images are kept and the batches are made.
+    device: where the images are kept and the batches are made (default: cuda if there is one, else
+        cpu).
 
     Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
 
@@ -358,7 +359,7 @@ class Conv(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Its bias is trained, its weight stays 1 (D. Page, 2018)."""
+    """Its bias is trained, its weight stays 1 (D. Page, How to Train Your ResNet 8)."""
 
     def __init__(self, channels, momentum):
         super().__init__(channels, eps=1e-12, momentum=momentum)
@@ -609,7 +610,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizer(net, h):
     """
     A list of two optimizers: for the biases and the head Nesterov SGD, and Muon for the filters of
-    the blocks. SGD's hyperparameters are decoupled (the paper, appendix; D. Page, 2018).
+    the blocks. SGD's hyperparameters are decoupled (the paper, appendix; D. Page, How to Train Your
+    ResNet 5).
 
     muon_lr is used as it is: the length of Muon's steps does not depend on the gradients'.
 
@@ -622,8 +624,8 @@ def make_optimizer(net, h):
     tuned with it.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
-    decay is divided by the group's peak lr: the schedule changes it, and h['lr'] and bias_scaler do
-    not. It grows with batch_size, so that an epoch decays the weights alike at any batch size.
+    decay is divided by the group's peak lr: h['lr'] and bias_scaler do not change it, the schedule
+    does. It grows with batch_size, so that an epoch decays the weights alike at any batch size.
 
     Any other optimizers of PyTorch can be returned, in a list; their lr follows the schedule. When
     compiled there are conditions, see CapturedStep. In float16 Adam gives NaN, as its eps
@@ -714,7 +716,14 @@ def resize(images, size):
 
 
 def train_step(net, optimizers, inputs, labels, label_smoothing):
-    """Returns the loss, summed over the batch, and the logits."""
+    """
+    A step of training.
+
+    inputs: normalised, (B, 3, size, size).
+    labels: int64 (B,).
+
+    Returns the loss, float32, summed over the batch, and the logits, float32 (B, num_classes).
+    """
     # The loss is a sum, so gradients are large, and float16 needs no loss scaling.
     logits = net(inputs)
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction='sum')
@@ -1030,7 +1039,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
         it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
-        how a new network whitens: shuffle images that are sorted.
+        how a new network whitens: shuffle images that are sorted. Epochs are of its images: a
+        share s of them needs epochs / s for as many steps.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
@@ -1157,8 +1167,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         net.whiten.bias.requires_grad_(epoch < h['whiten_bias_epochs'])
         for inputs, labels in loader:
             size = image_size(step, total_steps, h)
-            # Early in training small images cost little accuracy, and less than crops do
-            # (results/search_94_muon).
+            # Early in training, images that are reduced cost little accuracy. Crops of these sizes
+            # cost more (results/search_94_muon).
             if size < 32:
                 inputs = resize(inputs, size)
             if h['compile']:
@@ -1240,6 +1250,7 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
         overrides |= dict(lr=1e-3, weight_decay=0)
+    # With a callback it evaluates, which is to be warm too.
     with suppress(FloatingPointError):  # if it diverges, the run itself is to say so
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,
               callback=lambda net, row: None, **overrides)
@@ -1331,7 +1342,7 @@ def check_data(train_loader, test_loader):
 
 
 def cpu_capabilities():
-    """What PyTorch knows of the processor, a dict. Before 2.11 it cannot tell."""
+    """What PyTorch knows of the processor, a dict. It is empty before PyTorch 2.11."""
     if hasattr(torch.cpu, 'get_capabilities'):
         return torch.cpu.get_capabilities()
     return {}
@@ -1353,7 +1364,10 @@ def device_name(device):
 
 
 def default_dtype(device):
-    """The fastest for training: float16 on CUDA, bfloat16 on some CPUs, float32 elsewhere."""
+    """
+    The fastest for training: float16 on CUDA, bfloat16 on some CPUs, float32 elsewhere. Before
+    PyTorch 2.11 it is float32 on all CPUs: there give bfloat16 where it is faster.
+    """
     if device.type == 'cuda':
         return torch.float16
     capabilities = cpu_capabilities()
@@ -1427,8 +1441,10 @@ def count_pflops(h, steps, test_size, num_classes=10, total_steps=None):
     each view that it is tested on. Muon's matrix products are added. Only what is computed counts:
     see Conv.
 
+    h: hyperparameters.
     steps: of training.
     test_size: how many images were tested with test-time augmentation.
+    num_classes: outputs of the network.
     total_steps: of the schedule, by which the size of the images grows (default: steps).
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it can import Triton
@@ -1643,7 +1659,8 @@ def parse_arguments():
     add('--runs', type=int,
         help='how many, of the seeds SEED, SEED + 1 and so on (default: 25 on CUDA, else 1)')
     add('--seed', type=int, help='of the first run (default: 0, or that of the log)')
-    add('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10)')
+    add('--data', help='a folder, or "synthetic" (default: $AIRBENCH_DATA, else cifar10). All are '
+        "normalised by CIFAR-10's mean and std")
     add('--device', type=device, default=DEVICE, help='(default: cuda if there is one, else cpu)')
     add('--dtype', choices=('float16', 'bfloat16', 'float32'), help='(default: the fastest)')
     add('--log', type=path,
@@ -1685,7 +1702,9 @@ def main():
     gpus = torch.cuda.device_count()
     if 'LOCAL_RANK' in os.environ:
         local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
+        # torchrun gives each of several processes one thread, unless the user has set the number.
+        if os.environ.get('OMP_NUM_THREADS') == '1':
+            torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
         if local_rank < gpus:
             torch.cuda.set_device(local_rank)
     try:  # what is caught here are the user's mistakes: arguments, data, log
@@ -1694,9 +1713,9 @@ def main():
         if args.device.type == 'cuda' and local_rank >= gpus:
             raise ValueError(f'torchrun starts more processes than the {gpus} GPUs: give it a '
                              'lower --nproc-per-node')
-        train_loader = CifarLoader(args.data, True, h['batch_size'], h['aug'],
+        train_loader = CifarLoader(args.data, batch_size=h['batch_size'], aug=h['aug'],
                                    altflip=h['altflip'], device=args.device)
-        test_loader = CifarLoader(args.data, False, device=args.device)
+        test_loader = CifarLoader(args.data, train=False, device=args.device)
         check_data(train_loader, test_loader)
 
         now = time.strftime('%Y%m%d-%H%M%S')
@@ -1710,7 +1729,8 @@ def main():
                     headers += their_headers
                     others += their_runs
             path = path.with_suffix(f'.rank{rank}{path.suffix}')
-        headers += read_log(path)[0]
+        own_headers, own_runs = read_log(path)
+        headers += own_headers
         old = headers[-1] if headers else {}
         fastest = str(default_dtype(args.device)).removeprefix('torch.')
         dtype = args.dtype or old.get('dtype', fastest)
@@ -1732,9 +1752,6 @@ def main():
             time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
             source=Path(__file__).read_text(encoding='utf-8'),
         )
-        set_up_process(args.device)
-        log, runs, changed = open_log(path, header)
-        done = {run['seed'] for run in runs + others}
         seeds = range(first_seed + rank, first_seed + args.runs, world_size)
         if args.save:
             if args.save.is_file():
@@ -1742,7 +1759,7 @@ def main():
             args.save.mkdir(parents=True, exist_ok=True)
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
                           classes=train_loader.classes, data=header['data'])
-            has_net = {run['seed'] for run in runs + others if not run['diverged']}
+            has_net = {run['seed'] for run in own_runs + others if not run['diverged']}
             missing = []
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
@@ -1754,6 +1771,8 @@ def main():
                 print(f'note: {args.save} lacks the networks of {len(missing)} logged runs, of '
                       f'seed {missing[0]} for example. To train them again, name another --log',
                       file=sys.stderr)
+        log, runs, changed = open_log(path, header)  # last, as it writes to the log
+        done = {run['seed'] for run in runs + others}
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]
         print(f'{script}: error: {first_line}', file=sys.stderr)

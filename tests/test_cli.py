@@ -978,9 +978,11 @@ def test_two_ranks_one_of_them_killed(main, one_batch, tmp_path, monkeypatch):
     logs = [tmp_path / f'log.rank{rank}.jsonl' for rank in (0, 1)]
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--']
     words = command('--data', one_batch, '--seed', 3, '--runs', 1000, '--log', log)[1:]
+    environment = ENVIRONMENT.copy()
+    del environment['OMP_NUM_THREADS']  # so that the two share the cores
     process = subprocess.Popen(
         [*torchrun, *words],
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

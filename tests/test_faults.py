@@ -85,12 +85,14 @@ def test_another_file_is_not_overwritten(main, change, tmp_path):
     code, out, err = main(airbench94, '--seed', 1, '--save', 'nets')
     assert code == 2 and out == '' and f'{file} is a network of another recipe' in err
     assert '--save' in err and len(err.splitlines()) == 1 and file.read_bytes() == before
+    assert not Path('log.jsonl').exists()
 
 
 def test_save_wants_a_folder(main):
     Path('net').write_text('')
     code, out, err = main(airbench94, '--save', 'net')
     assert code == 2 and out == '' and 'net is a file: name a folder with --save' in err
+    assert not Path('log.jsonl').exists()
 
 
 def test_a_network_of_a_copied_script(main, monkeypatch, tmp_path):
@@ -264,8 +266,11 @@ def test_more_ranks_than_gpus(main, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', used.append)
     monkeypatch.setenv('LOCAL_RANK', '2')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')  # as torchrun does
     assert main(airbench94, '--device', 'cpu')[0] == 0 and used == []
     assert threads == [2]  # the processes of a machine share its 7 cores
+    monkeypatch.setenv('OMP_NUM_THREADS', '3')  # the user's own number
+    assert main(airbench94, '--device', 'cpu')[0] == 0 and threads == [2]
     on_cuda = SimpleNamespace(h={}, device=torch.device('cuda'))
     monkeypatch.setattr(airbench94, 'parse_arguments', lambda: on_cuda)
     code, out, err = main(airbench94)

@@ -16,11 +16,10 @@ from contextlib import suppress
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, write_split
-from torch import nn
 
 import airbench94_muon
-import airbench96
 
 sys.path.insert(0, str(ROOT / 'results'))
 import gpu  # noqa: E402
@@ -414,15 +413,17 @@ def test_the_cutout_of_the_search_is_of_the_image_before_it_is_reduced(search, m
         assert x.mean((1, 2, 3)).allclose(torch.tensor(0.75))
 
 
-def test_the_residual_of_a_third_convolution_is_airbench96s(search):
-    h = search.settings(dict(extra=[0, 0, 2], widths=[8, 8, 8], early_pool=False))
-    ours, theirs = search.Net(h).blocks[2], airbench96.Block(8, 8, h.bn_momentum)
-    for name, module in theirs.named_children():
-        if name.startswith('conv'):
-            nn.init.normal_(module.weight)
-        getattr(ours, name).load_state_dict(module.state_dict())
+@pytest.mark.parametrize('extra', (1, 2))
+def test_the_residual_of_a_third_convolution(search, extra):
+    h = search.settings(dict(extra=[0, 0, extra], widths=[8, 8, 8]))
+    block = search.Net(h).blocks[2]
+    for module in (block.conv1, block.conv2, block.conv3):
+        torch.nn.init.normal_(module.weight)
     x = torch.randn(4, 8, 6, 6)
-    assert ours(x).allclose(theirs(x), atol=1e-5)
+    first = F.gelu(block.norm1(F.max_pool2d(block.conv1(x), 2)))
+    second = F.gelu(block.norm2(block.conv2(first)))
+    expected = F.gelu(block.norm3(block.conv3(second)) + (second if extra == 1 else first))
+    assert block(x).allclose(expected, atol=1e-5)
 
 
 @pytest.mark.parametrize('features', (384, 512))

@@ -111,7 +111,7 @@ FACTORS_95 = {
     'cutout 8': dict(cutout=8),
     'Muon lr 0.2': dict(muon_lr=0.2),
     'label smoothing 0.15': dict(label_smoothing=0.15),
-    'a third convolution in block 3': dict(extra=[0, 0, 2]),  # as airbench96.py has it
+    'a third convolution in block 3': dict(extra=[0, 0, 2]),
 } | {
     name: FACTORS_94[name]
     for name in (
@@ -129,7 +129,7 @@ FACTORS_95 = {
 OF_R = TRIED_94 | {name: FACTORS_94[name] for name in FACTORS_94 if name not in WITHOUT}
 
 FACTORS_96 = {
-    'a third convolution in block 3': dict(extra=[0, 0, 2]),  # as airbench96.py has it
+    'a third convolution in block 3': dict(extra=[0, 0, 2]),
     'narrower, for more epochs': dict(mids=[48, 320, 832], widths=[160, 640, 832]),
     'translation by 3': dict(translate=3),
     'cutout 8': dict(cutout=8),

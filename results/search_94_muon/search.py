@@ -89,8 +89,9 @@ base = dict(
     # padding
     small_maps=False,
     groups=[[1, 1], [1, 1], [1, 1]],  # of channels, of each block's convolutions
-    # a third convolution in the block. 1: with a residual around it alone, added before the
-    # activation; 2: as in airbench96.py, with one around the second and third, added after it
+    # a third convolution in the block, with a residual that is added before the last activation.
+    # 1: around the third convolution; 2: around the second and third, as in the original project's
+    # later recipes for 96%
     extra=[0, 0, 0],
     pools=[
         '2x2',
@@ -266,10 +267,8 @@ class Block(nn.Module):
             x = x * (2 * torch.sigmoid(x.mean((2, 3)) @ self.gate_weight.T))[..., None, None]
         x = self.act(x)
         if self.extra == 1:
-            return self.act(self.norm3(self.conv3(x)) + x)
-        if self.extra == 2:
-            return self.act(self.norm3(self.conv3(x))) + residual
-        return x
+            residual = x
+        return self.act(self.norm3(self.conv3(x)) + residual) if self.extra else x
 
 
 class Net(nn.Module):
