@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -178,10 +177,14 @@ class FakeGraphs:
     def __init__(self, monkeypatch, module, captured):
         self.captured, self.real_step, self.last = captured, module.train_step, None
         self.replays = 0
+        self.done = []
         monkeypatch.setattr(module, 'train_step', self.train_step)
-        captured.stream = stream = SimpleNamespace(wait_stream=lambda other: None)
+        captured.stream, current = (
+            SimpleNamespace(wait_stream=lambda other, name=name: self.done.append(f'{name} waits'))
+            for name in ('own', 'current')
+        )
         for name, value in dict(
-            current_stream=lambda device: stream,
+            current_stream=lambda device: current,
             stream=lambda stream: contextlib.nullcontext(),
             CUDAGraph=lambda: SimpleNamespace(),
             graph=self.graph,
@@ -189,6 +192,7 @@ class FakeGraphs:
             monkeypatch.setattr(torch.cuda, name, value)
 
     def train_step(self, *args):
+        self.done.append('step')
         self.last = args, self.real_step(*args)
         return self.last[1]
 
@@ -198,6 +202,7 @@ class FakeGraphs:
 
     @contextlib.contextmanager
     def graph(self, graph, stream):
+        self.done.append('recording')
         before = [tensor.detach().clone() for tensor in self.tensors()]
         assert all(p.grad is None for p in self.captured.net.parameters())
         yield
@@ -258,6 +263,10 @@ def test_replays_are_steps(module, tiny, passed_through, monkeypatch):
             losses, weights = run(captured)
             assert losses == expected[0] and torch.equal(weights, expected[1])
         assert fake.replays == 2 * len(batches)
+        # Two steps on a stream of their own, which begin after all that was asked for before.
+        assert fake.done[:6] == [
+            'own waits', 'step', 'step', 'current waits', 'recording', 'step',
+        ]  # fmt: skip
     assert len(captured.recordings) == (4 if module is airbench94_muon else 2)
 
 
@@ -349,6 +358,9 @@ def test_a_given_network_is_trained_as_it_is(module, tiny, passed_through):
         torch.cat([x.flatten() for x in net.state_dict().values() if x.is_floating_point()])
         for net in nets
     ]
+    module.train(loader, net=module.Net(h, dtype=torch.bfloat16), **options)
+    (step,) = module.captured_steps.values()
+    assert step.net.autocast  # as the given network, whatever dtype is given
     assert (states[0] - states[1]).norm() / states[0].norm() < 0.01
 
 
@@ -413,8 +425,9 @@ def test_optimizers_read_lr_on_the_device(make, monkeypatch):
 ], ids=lambda value: getattr(value, '__name__', value))  # fmt: skip
 def test_gradients_of_the_compiled_network(module, size, trained, backend):
     """With the pool's own gradient, as on CUDA, and all else that a compiler is given there."""
-    if backend == 'inductor' and not shutil.which('g++'):
-        pytest.skip('needs a C++ compiler')
+    lacks = module.what_compiling_lacks(torch.device('cpu'))
+    if backend == 'inductor' and lacks:
+        pytest.skip(lacks)
     torch.manual_seed(0)
     net = module.Net(module.hyp | dict(widths=(8, 16, 16))).train()
     for block in net.blocks:
@@ -489,7 +502,8 @@ def test_the_command_line_compiles_on_cuda_alone(
     monkeypatch.setattr(torch, 'device', lambda text: SimpleNamespace(type=text))
     monkeypatch.setattr(torch, 'empty', lambda *args, **options: torch.zeros(1))
     monkeypatch.setattr(sys, 'argv', ['airbench94_muon.py', '--device', device, *words])
-    assert airbench94_muon.parse_arguments().h['compile'] is expected
+    args = airbench94_muon.parse_arguments()
+    assert args.h['compile'] is expected and args.runs == (25 if device == 'cuda' else 1)
     note = f'note: not compiled, so slower. {lacks}\n' if lacks else ''
     assert capsys.readouterr() == ('', note)
 

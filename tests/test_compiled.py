@@ -13,7 +13,8 @@ from airbench94_compiled import captured_step, compiled_net, train, warmup
 
 SMALL = dict(widths=(8, 8, 8), dtype=torch.float32)
 
-needs_a_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+LACKS = airbench94_compiled.what_compiling_lacks(torch.device('cpu'))
+needs_a_compiler = pytest.mark.skipif(LACKS is not None, reason=str(LACKS))
 
 
 def loader(tiny):
@@ -146,3 +147,5 @@ def test_no_compiler(main, monkeypatch, tmp_path):
     code, out, err = main(airbench94_compiled)
     assert code == 2 and out == '' and len(err.splitlines()) == 1
     assert 'g++' in err and 'airbench94.py' in err and list(tmp_path.iterdir()) == []
+    monkeypatch.setenv('CXX', '/none/c++')
+    assert '/none/c++' in main(airbench94_compiled)[2]

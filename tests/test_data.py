@@ -124,6 +124,8 @@ def test_edits_are_honoured_after_epochs_have_run(tiny):
     loader.labels = loader.labels[mask]
     assert len(loader) == int(mask.sum()) // 100
     assert all((labels < 6).all() for _, labels in loader)
+    loader.images, loader.labels = loader.images.repeat(3, 1, 1, 1), loader.labels.repeat(3)
+    assert len(list(loader)) == 3 * int(mask.sum()) // 100
     loader.images = torch.full_like(loader.images, 0.25)
     torch.testing.assert_close(
         next(iter(loader))[0], loader.normalize(torch.full((100, 3, 32, 32), 0.25))

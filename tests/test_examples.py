@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_split
-from test_results import CIFAR10
+from conftest import CIFAR10, ROOT, write_split
 from test_summarize import summarize
 
 import airbench
@@ -57,6 +56,7 @@ def test_data_selection(tmp_path, monkeypatch, capsys, selection):
     ]
     assert header['arguments']['seed'] == '5' and 'least confident' in header['source']
     assert [result['images'] for result in results] == [300, 180, 180]
+    assert results[0]['label_smoothing'] == 0 and 'label_smoothing' not in results[1]
     table = capsys.readouterr().out.splitlines()[-3:]
     for line, result in zip(table, results, strict=True):
         assert line.startswith(result['name']) and line.endswith(f'{result["tta_val_acc"]:.4f}')
@@ -78,6 +78,45 @@ def test_the_subsets_of_data_selection(tmp_path, monkeypatch, selection):
     for loader, of_loader in zip((at_random, least), indices, strict=True):
         assert torch.equal(loader.images, whole.images[of_loader])
         assert torch.equal(loader.labels, whole.labels[of_loader])
+
+
+def test_the_random_subset_of_data_selection_is_that_of_its_seed(tmp_path, monkeypatch, selection):
+    loaders, _ = selection
+    words = ['--data', tmp_path, '--epochs', 0.2, '--log', tmp_path / 'log.jsonl', '--seed']
+    for seed in (3, 4, 3):
+        assert run_example('data_selection', [*words, seed], monkeypatch) == 0
+    first, other, again = (loader.images for loader in loaders[1::3])
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_data_selection_trains_on_all_images_no_longer_than_the_recipe(
+    tmp_path, monkeypatch, selection
+):
+    epochs = []
+
+    def train(loader, test_loader, callback, **options):
+        epochs.append(options['epochs'])
+        callback(None, dict(time_seconds=1.0, tta_val_acc=0.5))
+
+    monkeypatch.setattr(airbench, 'train94', train)
+    words = ['--data', tmp_path, '--log', tmp_path / 'log.jsonl']
+    assert run_example('data_selection', words, monkeypatch) == 0
+    assert epochs == [airbench94.hyp['epochs'], 16, 16]
+
+
+def test_data_selection_that_diverges(tmp_path, monkeypatch, capsys, selection):
+    def train(*args, **options):
+        raise FloatingPointError('the training diverged')
+
+    monkeypatch.setattr(airbench, 'train94', train)
+    words = ['--data', tmp_path, '--log', tmp_path / 'log.jsonl']
+    assert run_example('data_selection', words, monkeypatch) == 1
+    assert capsys.readouterr().err == 'data_selection: error: the training diverged\n'
+
+
+def test_data_selection_for_no_epochs(monkeypatch, capsys):
+    assert run_example('data_selection', ['--epochs', 0], monkeypatch) == 2
+    assert '--epochs must be more than 0' in capsys.readouterr().err
 
 
 def test_data_selection_of_less_than_a_batch(tmp_path, monkeypatch, capsys, selection):

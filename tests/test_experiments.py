@@ -17,12 +17,8 @@ from airbench94 import CifarLoader, hyp, infer, train
 SMALL = dict(widths=(8, 8, 8), dtype=torch.float32, verbose=False)
 
 
-@pytest.fixture(autouse=True)
-def uncompiled(passed_through):
-    """By default airbench94_compiled.py compiles, which takes long."""
-    for module in (airbench94_compiled, airbench94_muon):
-        module.captured_steps.clear()
-        module.compiled_net.cache_clear()
+# By default airbench94_compiled.py compiles, which takes long.
+pytestmark = pytest.mark.usefixtures('passed_through')
 
 
 def loader_of(module, tiny, aug=None):

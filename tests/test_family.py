@@ -278,6 +278,11 @@ def test_each_script_trains_and_logs_alike(script, tiny, capsys, passed_through)
     assert history[0]['val_acc'] == pytest.approx(
         module.evaluate(net, module.CifarLoader(tiny, train=False)), abs=0.03
     )
+    convolutions = [layer for layer in net.modules() if isinstance(layer, torch.nn.Conv2d)]
+    # Else each call would bring them into this order anew.
+    assert all(
+        layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convolutions
+    )
     fresh = module.Net(module.hyp | dict(widths=(8, 8, 8)))
     module.init_whitening(fresh, loader.normalize(loader.images[:5000]))
     # The sign of an eigenvector is the library's choice.

@@ -233,13 +233,14 @@ def test_another_number_of_ranks_goes_on_with_a_series(main, monkeypatch):
 
 
 def test_a_rank_without_a_log_has_the_seeds_of_its_series(main, monkeypatch):
+    log = 'log[1].jsonl'  # which a pattern of names would not match
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('WORLD_SIZE', '1')
-    assert main(airbench94, '--seed', 5)[0] == 0
+    assert main(airbench94, '--seed', 5, log=log)[0] == 0
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    assert main(airbench94, '--runs', 2)[0] == 0
-    (run,) = summarize.read_logs([Path('log.rank1.jsonl')])[1]
+    assert main(airbench94, '--runs', 2, log=log)[0] == 0
+    (run,) = summarize.read_logs([Path('log[1].rank1.jsonl')])[1]
     assert run['seed'] == 6
 
 

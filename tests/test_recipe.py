@@ -116,6 +116,11 @@ def test_learning_rates_and_weight_decays():
     }
 
 
+def test_momentum_may_be_0():
+    group, _ = make_optimizer(Net(), hyp | dict(momentum=0.0)).param_groups
+    assert group['lr'] == pytest.approx(64 * 11.5 / 2048) and not group['nesterov']
+
+
 def test_lr_factor():
     assert lr_factor(0, 476, hyp) == pytest.approx(0.2)
     assert lr_factor(109, 476, hyp) == 1 and int(0.23 * 476) == 109

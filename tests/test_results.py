@@ -13,22 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CIFAR10, ROOT
 from test_summarize import summarize
 
 import airbench94_muon
 
-# SHA-256 of CIFAR-10, images as uint8 (N, 32, 32, 3) and labels as int64, in the data set's order.
-CIFAR10 = dict(
-    train=dict(
-        images='47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a',
-        labels='f5cfe00b0f00968c0cc5ff3b1d2de51b10e33efa277c2986f4e0fa63e58c9f4f',
-    ),
-    test=dict(
-        images='f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04',
-        labels='cbb7365de8ed11f05cc4c3a1e7f78144127c5e851efd83762fb18202461230bb',
-    ),
-)
 RESULTS = ROOT / 'results'
 CPU_LOGS = sorted(RESULTS.glob('airbench*/cpu.jsonl'))
 GPU_LOGS = sorted(RESULTS.glob('airbench*/h200.jsonl'))
@@ -549,11 +538,11 @@ def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatc
     synthetic_split = airbench94_muon.synthetic_split
 
     def split(train):
-        n = 5000 if train else 200
+        n = 500 if train else 200
         return {key: value[:n] for key, value in synthetic_split(train).items()}
 
     monkeypatch.setattr(airbench94_muon, 'synthetic_split', split)
-    train_loader = airbench94_muon.CifarLoader('synthetic', batch_size=500, device='cpu')
+    train_loader = airbench94_muon.CifarLoader('synthetic', batch_size=50, device='cpu')
     net = airbench94_muon.train(train_loader, widths=h['widths'], epochs=1, seed=1, verbose=False)
     loader = airbench94_muon.CifarLoader('synthetic', train=False, device='cpu')
     saved = dict(hyperparameters=h, state_dict=net.state_dict(), seed=1)

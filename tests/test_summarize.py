@@ -116,6 +116,19 @@ def test_logs_with_and_without_pflops(tmp_path, capsys):
     assert '15.00 in the mean, 10.00 the fastest' in out and 'PFLOPs' not in out
 
 
+def test_synthetic_data_are_said_to_be(tmp_path, capsys):
+    log = write_log(tmp_path / 'a', [a_run(0, 0.93), a_run(1, 0.94)], synthetic=True)
+    assert summarize.main([log]) == 0
+    out = capsys.readouterr().out
+    assert 'SYNTHETIC data' in out and 'README' not in out
+
+
+def test_runs_that_all_diverged_have_no_mean(tmp_path, capsys):
+    assert summarize.main([write_log(tmp_path / 'a', [a_run(0, None)])]) == 0
+    out = capsys.readouterr().out
+    assert 'diverged           1' in out and 'mean' not in out and 'README' not in out
+
+
 def test_one_run_has_no_spread(tmp_path, capsys):
     assert summarize.main([write_log(tmp_path / 'a', [a_run(0, 0.93)])]) == 0
     out = capsys.readouterr().out
