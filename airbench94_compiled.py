@@ -579,16 +579,8 @@ def image_sizes(h):
     return [32]
 
 
-@functools.cache
-def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, device, dtype):
-    """
-    The one compiled network of this kind in the process. Each run replaces its weights. To keep
-    it, keep its state_dict(): in a copy of it, forward would still be that of the original.
-    net_class is Net, or what a user has put in its place.
-
-    On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
-    there in training than PyTorch's own.
-    """
+def set_up_compiler():
+    """PyTorch's settings for compiled_net. From 2.12 on each thread has its own."""
     # Each image size with the bias trained or frozen, each batch size of an evaluation, and each
     # network of a sweep over widths is compiled on its own: more than PyTorch's default limits.
     torch._dynamo.config.cache_size_limit = 10_000
@@ -599,6 +591,18 @@ def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, de
                  'use_recursive_dict_tags_for_guards'):
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, False)
+
+
+@functools.cache
+def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, device, dtype):
+    """
+    The one compiled network of this kind in the process. Each run replaces its weights. To keep
+    it, keep its state_dict(): in a copy of it, forward would still be that of the original.
+    net_class is Net, or what a user has put in its place.
+
+    On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
+    there in training than PyTorch's own.
+    """
     h = dict(widths=widths, bn_momentum=bn_momentum, scaling_factor=scaling_factor)
     net = net_class(h, num_classes, device, dtype)
     for module in net.modules():
@@ -758,6 +762,7 @@ def captured_step(h, num_classes, device, dtype):
     make_optimizer or of train_step, and of the lr and the like that make_optimizer gives. After
     another change, as of Block, call captured_steps.clear() and compiled_net.cache_clear().
     """
+    set_up_compiler()
     of_step = {key: value for key, value in h.items() if key not in NOT_IN_STEP}
     net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
                        num_classes, device, dtype)
@@ -767,6 +772,8 @@ def captured_step(h, num_classes, device, dtype):
     values = repr((of_step, num_classes, device, dtype, optimizer))
     key = values, Net, make_optimizer, train_step
     if key not in captured_steps:
+        for old in captured_steps.values():
+            old.net.zero_grad()  # else the gradients keep memory of the old recordings
         captured_steps.clear()
         captured_steps[key] = CapturedStep(net, optimizer, h['label_smoothing'])
     captured_steps[key].record_all(image_sizes(h), h['batch_size'])
@@ -824,7 +831,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     seed: sets PyTorch's global generators (default: they go on from where they are). After two
         trainings with one seed they draw the same: for random subsets or labels, use a
         torch.Generator of your own. Trainings in two threads share the global ones, and cannot be
-        reproduced.
+        reproduced. On a GPU nothing else may run beside one that is compiled.
     device: to train on (default: the loader's).
     dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
@@ -832,7 +839,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         with the table's row as a dict. If it returns True, the training ends with that epoch, and
         the network becomes Lookahead's average, as it always does at the end. The row's
         train_loss and train_acc are those of the epoch's last batch. A callback that draws from
-        PyTorch's global generators changes the training.
+        PyTorch's global generators changes the training. It must not move net or change its dtype:
+        use copies of its state_dict().
         When compiled, net is shared by all runs of the process: keep copies of its state_dict(),
         not of net.
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
@@ -884,6 +892,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
             h['bn_momentum'] = net.blocks[0].norm1.momentum
             h['scaling_factor'] = net.scaling_factor
         captured = captured_step(h, len(loader.classes), device, dtype)
+        rest = len(loader.images) % loader.batch_size
+        if rest > 0 and not loader.drop_last:
+            captured.record_all(image_sizes(h), rest)  # the last batch of an epoch is smaller
     if seed is not None:
         torch.manual_seed(seed)
     total_steps = math.ceil(h['epochs'] * len(loader))
@@ -920,6 +931,12 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
+        # Lookahead would go on with the tensors that the network had.
+        now = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+        is_other = any(a.data_ptr() != b.data_ptr() for a, b in zip(state, now, strict=True))
+        if is_other and row['epoch'] != 'eval':
+            raise RuntimeError('callback must not move net or change its dtype: use copies of its '
+                               'state_dict()')
         return stop
 
     if verbose:

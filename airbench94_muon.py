@@ -572,26 +572,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        streams = []
         for group in self.param_groups:
             for weight in group['params']:
-                if weight.grad is None:
-                    continue
-                if not is_capturing:
+                if weight.grad is not None and not is_capturing:
                     self.update(weight, group)
-                    continue
-                # In a CUDA graph each weight is updated on a stream of its own: all at once, as
-                # the products of a single one are too small to occupy a GPU. All graphs share
-                # these streams, as PyTorch has only 32, and hands them out in turn.
-                if weight not in self.streams:
-                    self.streams[weight] = torch.cuda.Stream(weight.device)
-                stream = self.streams[weight]
-                stream.wait_stream(torch.cuda.current_stream(weight.device))
-                with torch.cuda.stream(stream):
-                    self.update(weight, group)
-                streams.append(stream)
-        for stream in streams:
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        if is_capturing:
+            self.step_on_streams()
+
+    def step_on_streams(self):
+        """
+        A step in a CUDA graph. Each weight is updated on a stream of its own: all at once, as the
+        products of a single one are too small to occupy a GPU. All graphs share these streams, as
+        PyTorch has only 32, and hands them out in turn.
+        """
+        started = []
+        try:
+            for group in self.param_groups:
+                for weight in group['params']:
+                    if weight.grad is None:
+                        continue
+                    if weight not in self.streams:
+                        self.streams[weight] = torch.cuda.Stream(weight.device)
+                    stream = self.streams[weight]
+                    stream.wait_stream(torch.cuda.current_stream(weight.device))
+                    started.append(stream)
+                    with torch.cuda.stream(stream):
+                        self.update(weight, group)
+        finally:  # also after an error, as else the capture could not end
+            for stream in started:
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def update(self, weight, group):
         """A step of one weight, by the hyperparameters of its group."""
@@ -805,16 +814,8 @@ def image_sizes(h):
     return sorted({32} | {size for size, _ in h['sizes']})
 
 
-@functools.cache
-def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, device, dtype):
-    """
-    The one compiled network of this kind in the process. Each run replaces its weights. To keep
-    it, keep its state_dict(): in a copy of it, forward would still be that of the original.
-    net_class is Net, or what a user has put in its place.
-
-    On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
-    there in training than PyTorch's own.
-    """
+def set_up_compiler():
+    """PyTorch's settings for compiled_net. From 2.12 on each thread has its own."""
     # Each image size with the bias trained or frozen, each batch size of an evaluation, and each
     # network of a sweep over widths is compiled on its own: more than PyTorch's default limits.
     torch._dynamo.config.cache_size_limit = 10_000
@@ -825,6 +826,18 @@ def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, de
                  'use_recursive_dict_tags_for_guards'):
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, False)
+
+
+@functools.cache
+def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, device, dtype):
+    """
+    The one compiled network of this kind in the process. Each run replaces its weights. To keep
+    it, keep its state_dict(): in a copy of it, forward would still be that of the original.
+    net_class is Net, or what a user has put in its place.
+
+    On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
+    there in training than PyTorch's own.
+    """
     h = dict(widths=widths, bn_momentum=bn_momentum, scaling_factor=scaling_factor)
     net = net_class(h, num_classes, device, dtype)
     for module in net.modules():
@@ -984,6 +997,7 @@ def captured_step(h, num_classes, device, dtype):
     make_optimizer or of train_step, and of the lr and the like that make_optimizer gives. After
     another change, as of Block, call captured_steps.clear() and compiled_net.cache_clear().
     """
+    set_up_compiler()
     of_step = {key: value for key, value in h.items() if key not in NOT_IN_STEP}
     net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
                        num_classes, device, dtype)
@@ -993,6 +1007,8 @@ def captured_step(h, num_classes, device, dtype):
     values = repr((of_step, num_classes, device, dtype, optimizer))
     key = values, Net, make_optimizer, train_step
     if key not in captured_steps:
+        for old in captured_steps.values():
+            old.net.zero_grad()  # else the gradients keep memory of the old recordings
         captured_steps.clear()
         captured_steps[key] = CapturedStep(net, optimizer, h['label_smoothing'])
     captured_steps[key].record_all(image_sizes(h), h['batch_size'])
@@ -1050,14 +1066,15 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     seed: sets PyTorch's global generators (default: they go on from where they are). After two
         trainings with one seed they draw the same: for random subsets or labels, use a
         torch.Generator of your own. Trainings in two threads share the global ones, and cannot be
-        reproduced.
+        reproduced. On a GPU nothing else may run beside one that is compiled.
     device: to train on (default: the loader's).
     dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict. If it returns True, the training ends with that epoch.
         The row's train_loss and train_acc are those of the epoch's last batch. A callback that
-        draws from PyTorch's global generators changes the training.
+        draws from PyTorch's global generators changes the training. It must not move net or change
+        its dtype: use copies of its state_dict().
         When compiled, net is shared by all runs of the process: keep copies of its state_dict(),
         not of net.
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
@@ -1109,6 +1126,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
             h['bn_momentum'] = net.blocks[0].norm1.momentum
             h['scaling_factor'] = net.scaling_factor
         captured = captured_step(h, len(loader.classes), device, dtype)
+        rest = len(loader.images) % loader.batch_size
+        if rest > 0 and not loader.drop_last:
+            captured.record_all(image_sizes(h), rest)  # the last batch of an epoch is smaller
     if seed is not None:
         torch.manual_seed(seed)
     total_steps = math.ceil(h['epochs'] * len(loader))
@@ -1148,6 +1168,12 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
+        # Lookahead would go on with the tensors that the network had.
+        now = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+        is_other = any(a.data_ptr() != b.data_ptr() for a, b in zip(state, now, strict=True))
+        if is_other and row['epoch'] != 'eval':
+            raise RuntimeError('callback must not move net or change its dtype: use copies of its '
+                               'state_dict()')
         return stop
 
     if verbose:
@@ -1199,6 +1225,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 time_seconds=seconds,
                 steps=step,
             )
+            if h['compile'] and epoch == 0:
+                # Compiles what the final evaluation needs, while the clock stands still.
+                evaluate(net, test_loader, h['tta_level'], mirror)
             stop = report(row)
         if not all(tensor.isfinite().all() for tensor in state):
             raise FloatingPointError(f'the training diverged in epoch {epoch + 1}: its weights '

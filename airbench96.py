@@ -567,7 +567,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         with the table's row as a dict. If it returns True, the training ends with that epoch, and
         the network becomes Lookahead's average, as it always does at the end. The row's
         train_loss and train_acc are those of the epoch's last batch. A callback that draws from
-        PyTorch's global generators changes the training.
+        PyTorch's global generators changes the training. It must not move net or change its dtype:
+        use copies of its state_dict().
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
         them, those of train_loader are taken.
 
@@ -641,6 +642,12 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         if stop not in (None, False, True) or type(stop) is int:
             raise TypeError('callback must return None, or True to end the training, not '
                             f'{stop!r:.50}')
+        # Lookahead would go on with the tensors that the network had.
+        now = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+        is_other = any(a.data_ptr() != b.data_ptr() for a, b in zip(state, now, strict=True))
+        if is_other and row['epoch'] != 'eval':
+            raise RuntimeError('callback must not move net or change its dtype: use copies of its '
+                               'state_dict()')
         return stop
 
     if verbose:

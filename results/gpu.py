@@ -108,6 +108,7 @@ def make_step(module, variant, h, device, dtype):
             return real_compile(function, mode=variant, **options)
 
         torch.compile = compile_in_mode
+    module.set_up_compiler()
     compiled = module.compiled_net(
         module.Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'], 10, device, dtype
     )

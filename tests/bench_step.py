@@ -110,6 +110,7 @@ def pieces(module, device, dtype, size):
     def new_net(dtype):
         if hasattr(module, 'compiled_net'):
             recipe = hyp['widths'], hyp['bn_momentum'], hyp['scaling_factor']
+            module.set_up_compiler()
             net = module.compiled_net(module.Net, *recipe, 10, device, dtype)
         else:
             net = module.Net(device=device, dtype=dtype)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -268,6 +269,71 @@ def test_replays_are_steps(module, tiny, passed_through, monkeypatch):
             'own waits', 'step', 'step', 'current waits', 'recording', 'step',
         ]  # fmt: skip
     assert len(captured.recordings) == (4 if module is airbench94_muon else 2)
+
+
+@MODULES
+def test_another_thread_may_compile_as_often(module, passed_through):
+    """From PyTorch 2.12 on each thread has its own settings of the compiler."""
+    h = module.merge(dict(widths=(8, 8, 8), batch_size=10))
+    limits = []
+
+    def in_a_thread():
+        module.captured_step(h, 10, torch.device('cpu'), torch.float32)
+        limits.append(torch._dynamo.config.cache_size_limit)
+
+    module.captured_step(h, 10, torch.device('cpu'), torch.float32)
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert limits == [10_000]
+
+
+@MODULES
+def test_a_smaller_last_batch_is_recorded_before_the_training(
+    module, tiny, passed_through, monkeypatch
+):
+    """Each kind of step that the training will have."""
+    seen = []
+    for name in ('record', 'start_run'):
+        real = getattr(module.CapturedStep, name)
+
+        def method(captured, *args, name=name, real=real):
+            seen.append(name)
+            return real(captured, *args)
+
+        monkeypatch.setattr(module.CapturedStep, name, method)
+    loader = loader_of(module, tiny)
+    loader.drop_last, loader.batch_size = False, 40
+    module.train(loader, epochs=5, whiten_bias_epochs=2, compile=True, **SMALL)
+    assert seen == 4 * len(module.image_sizes(module.hyp)) * ['record'] + ['start_run']
+
+
+@MODULES
+def test_the_final_evaluation_compiles_nothing(module, tiny, monkeypatch):
+    """As it is timed. No warm-up was before, or one of other hyperparameters."""
+    real_compile = torch.compile
+    monkeypatch.setattr(
+        torch, 'compile', lambda function, **options: real_compile(function, backend='eager')
+    )
+    graphs = []
+
+    def callback(net, row):
+        graphs.append(counters['stats']['unique_graphs'])
+
+    module.train(loader_of(module, tiny), epochs=1, compile=True, callback=callback, **SMALL)
+    forget_compiled()
+    assert len(graphs) == 2 and graphs[0] == graphs[1] > 0
+
+
+@MODULES
+def test_what_was_recorded_before_keeps_no_gradients(module, tiny, passed_through):
+    """On CUDA they would keep its memory."""
+    loader, options = loader_of(module, tiny), dict(epochs=1, compile=True, verbose=False)
+    module.train(loader, **options | dict(widths=(8, 8, 8)))
+    (step,) = module.captured_steps.values()
+    assert step.net.linear.weight.grad is not None
+    module.train(loader, **options | dict(widths=(8, 8, 12)))
+    assert all(p.grad is None for p in step.net.parameters())
 
 
 @MODULES

@@ -134,6 +134,7 @@ def test_a_sweep_compiles_any_number_of_networks(monkeypatch):
     h = 0.4, 1.0, 10, torch.device('cpu'), torch.float32
     # Lower than PyTorch's own limits, to save time.
     with torch._dynamo.config.patch(cache_size_limit=8, accumulated_cache_size_limit=20):
+        airbench94_compiled.set_up_compiler()
         for width in range(1, 4):
             net = compiled_net(Small, (width,), *h).eval()
             for size in range(1, 11):

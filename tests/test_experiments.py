@@ -44,6 +44,23 @@ def test_a_callback_sees_each_epochs_network(module, tiny):
 
 
 @EACH_TRAIN
+@pytest.mark.parametrize('epoch', (1, 'eval'))
+def test_a_callback_that_changes_the_tensors_of_the_network(module, epoch, tiny):
+    """Lookahead would go on with the old ones, silently. At the end it does no harm."""
+
+    def callback(net, row):
+        if row['epoch'] == epoch:
+            net.double().float()  # as net.cpu().cuda()
+
+    options = dict(SMALL, epochs=2, callback=callback)
+    if epoch == 'eval':
+        module.train(loader_of(module, tiny), **options)
+    else:
+        with pytest.raises(RuntimeError, match='callback must not move net'):
+            module.train(loader_of(module, tiny), **options)
+
+
+@EACH_TRAIN
 def test_a_network_that_is_given_is_trained_in_place(module, tiny):
     """Its first layer as it is; its bias is trained again, though it was frozen."""
     loader = loader_of(module, tiny)

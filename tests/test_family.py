@@ -25,6 +25,7 @@ COMPILING = {
     'MaxPool',
     'max_pool',
     'image_sizes',
+    'set_up_compiler',
     'compiled_net',
     'CapturedStep',
     'NOT_IN_STEP',
@@ -59,7 +60,7 @@ OWN = {
     },
 }
 # Of the diff.
-MOST_LINES = dict(airbench94_muon=830, airbench95=20, airbench96=60, airbench94_compiled=380)
+MOST_LINES = dict(airbench94_muon=850, airbench95=20, airbench96=60, airbench94_compiled=380)
 # The lines of airbench94.py's train, warmup, merge and parse_arguments that the scripts which
 # compile do not have as they stand there.
 LEFT_OUT = dict(

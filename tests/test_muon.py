@@ -456,6 +456,17 @@ def test_a_recorded_step_updates_each_weight_on_its_own_stream(monkeypatch):
         *('stream 2 waits for stream 0', 'stream 2 begins', 'stream 2 ends'),
         *('stream 0 waits for stream 1', 'stream 0 waits for stream 2'),
     ]
+    # Also after an error: else the capture could not end, and would hide the error.
+    with monkeypatch.context() as patch:
+        patch.setattr(muon, 'update', lambda *args: {}['memory'])
+        with pytest.raises(KeyError, match='memory'):
+            muon.step()
+    assert log[8:] == [
+        'stream 1 waits for stream 0',
+        'stream 1 begins',
+        'stream 0 waits for stream 1',
+    ]
+    del log[8:]
     # The next recording has the same streams. If it had new ones, the 32nd of them would be the
     # recording's own, on which nothing else runs meanwhile.
     muon.step()
