@@ -556,40 +556,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     Raises TypeError for an unknown hyperparameter or another kind of net, ValueError for values
     and data that make no sense, and FloatingPointError if the training diverges.
     """
-    h = merge(overrides)
-    if train_loader is None:
-        train_loader = CifarLoader(batch_size=h['batch_size'], aug=h['aug'],
-                                   altflip=h['altflip'], device=device)
-    check_loaders(train_loader, test_loader)
-    loader = copy.copy(train_loader)
-    loader.epoch = 0
-    loader.flip_mask = None
-    for key in ('batch_size', 'aug', 'altflip'):
-        if key in overrides:
-            setattr(loader, key, overrides[key])
-        h[key] = getattr(loader, key)
-    if net is not None:
-        if not hasattr(net, 'whiten'):
-            raise TypeError(f'net must be a Net, not {type(net).__name__}. For another '
-                            'architecture change Net in a copy of this script')
-        device = net.linear.weight.device
-    elif device is None:
-        device = loader.images.device
-    # With its number: cuda becomes the current one, as cuda:0.
-    device = torch.empty(0, device=device).device
     evaluates = verbose or callback is not None
-    if evaluates and test_loader is None:
-        test_loader = CifarLoader(loader.path, train=False, device=device)
-    check_data(loader, test_loader)
-    if net is not None and net.linear.out_features != len(loader.classes):
-        raise ValueError(f'net has {net.linear.out_features} outputs, and train_loader '
-                         f'{len(loader.classes)} classes')
-    if dtype is None:
-        dtype = default_dtype(device)
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f'dtype must be float32, float16 or bfloat16, not {dtype}')
+    h, loader, test_loader, device, dtype = check_arguments(
+        train_loader, test_loader, net, device, dtype, evaluates, overrides)
 
     if seed is not None:
         torch.manual_seed(seed)
@@ -613,22 +582,6 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         test_loader.std = loader.std
     # Images that are not mirrored in training, as digits, are not mirrored in the evaluation.
     mirror = bool(h['aug'].get('flip'))
-
-    def report(row):
-        if verbose:
-            print_row(row)
-        stop = None if callback is None else callback(net, row)
-        # A number is a mistake, such as what file.write returns. Its type is asked, as 1 == True.
-        if stop not in (None, False, True) or type(stop) is int:
-            raise TypeError('callback must return None, or True to end the training, not '
-                            f'{stop!r:.50}')
-        # Lookahead would go on with the tensors that the network had.
-        now = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
-        is_other = any(a.data_ptr() != b.data_ptr() for a, b in zip(state, now, strict=True))
-        if is_other and row['epoch'] != 'eval':
-            raise RuntimeError('callback must not move net or change its dtype: use copies of its '
-                               'state_dict()')
-        return stop
 
     if verbose:
         print_table_head()
@@ -672,7 +625,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 time_seconds=seconds,
                 steps=step,
             )
-            stop = report(row)
+            stop = report(row, net, state, verbose, callback)
         if not all(tensor.isfinite().all() for tensor in state):
             raise FloatingPointError(f'the training diverged in epoch {epoch + 1}: its weights '
                                      'are not finite')
@@ -685,7 +638,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     if evaluates:
         tta_val_acc = evaluate(net, test_loader, h['tta_level'], mirror)
         seconds += synchronized_time(device) - start
-        report(dict(epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step))
+        row = dict(epoch='eval', tta_val_acc=tta_val_acc, time_seconds=seconds, steps=step)
+        report(row, net, state, verbose, callback)
     return net.eval()
 
 
@@ -772,6 +726,75 @@ def merge(overrides):
     require('lookahead', 'True or False', h['lookahead'] in (True, False))
     require('lookahead_every', 'a whole number above 0', is_count(h['lookahead_every']))
     return h
+
+
+def check_arguments(train_loader, test_loader, net, device, dtype, evaluates, overrides):
+    """
+    Checks the arguments of train and makes those that are not given.
+
+    evaluates: whether there is anything to evaluate on test_loader.
+
+    Returns the hyperparameters, a copy of train_loader, test_loader, device and dtype. Raises as
+    train does.
+    """
+    h = merge(overrides)
+    if train_loader is None:
+        train_loader = CifarLoader(batch_size=h['batch_size'], aug=h['aug'],
+                                   altflip=h['altflip'], device=device)
+    check_loaders(train_loader, test_loader)
+    loader = copy.copy(train_loader)
+    loader.epoch = 0
+    loader.flip_mask = None
+    for key in ('batch_size', 'aug', 'altflip'):
+        if key in overrides:
+            setattr(loader, key, overrides[key])
+        h[key] = getattr(loader, key)
+    if net is not None:
+        if not hasattr(net, 'whiten'):
+            raise TypeError(f'net must be a Net, not {type(net).__name__}. For another '
+                            'architecture change Net in a copy of this script')
+        device = net.linear.weight.device
+    elif device is None:
+        device = loader.images.device
+    # With its number: cuda becomes the current one, as cuda:0.
+    device = torch.empty(0, device=device).device
+    if evaluates and test_loader is None:
+        test_loader = CifarLoader(loader.path, train=False, device=device)
+    check_data(loader, test_loader)
+    if net is not None and net.linear.out_features != len(loader.classes):
+        raise ValueError(f'net has {net.linear.out_features} outputs, and train_loader '
+                         f'{len(loader.classes)} classes')
+    if dtype is None:
+        dtype = default_dtype(device)
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f'dtype must be float32, float16 or bfloat16, not {dtype}')
+    return h, loader, test_loader, device, dtype
+
+
+def report(row, net, state, verbose, callback):
+    """
+    Prints a row of the table, if verbose, and calls the callback with it.
+
+    state: the tensors that net had at first.
+
+    Returns whether the training is to end.
+    """
+    if verbose:
+        print_row(row)
+    stop = None if callback is None else callback(net, row)
+    # A number is a mistake, such as what file.write returns. Its type is asked, as 1 == True.
+    if stop not in (None, False, True) or type(stop) is int:
+        raise TypeError('callback must return None, or True to end the training, not '
+                        f'{stop!r:.50}')
+    # Lookahead would go on with the tensors that the network had.
+    now = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+    is_other = any(a.data_ptr() != b.data_ptr() for a, b in zip(state, now, strict=True))
+    if is_other and row['epoch'] != 'eval':
+        raise RuntimeError('callback must not move net or change its dtype: use copies of its '
+                           'state_dict()')
+    return stop
 
 
 def check_loaders(train_loader, test_loader):
