@@ -528,8 +528,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
         it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
-        how a new network whitens: shuffle images that are sorted. Epochs are of its images: a
-        share s of them needs epochs / s for as many steps.
+        how a new network whitens: shuffle images that are sorted. An epoch is a pass
+        over its images: half as many need twice the epochs for as many steps.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
@@ -547,14 +547,15 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         with the table's row as a dict. If it returns True, the training ends with that epoch, and
         the network becomes Lookahead's average, as it always does at the end. The row's
         train_loss and train_acc are those of the epoch's last batch. A callback that draws from
-        PyTorch's global generators changes the training. It must not move net or change its dtype:
-        use copies of its state_dict().
+        PyTorch's global generators changes the training. No callback may move net or change its
+        dtype: use copies of net.state_dict().
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
         them, those of train_loader are taken.
 
     Nothing is evaluated if neither verbose nor callback asks for it. Call warmup first, once.
-    Raises TypeError for an unknown hyperparameter or another kind of net, ValueError for values
-    and data that make no sense, and FloatingPointError if the training diverges.
+    Raises TypeError for an unknown hyperparameter, another kind of net, or a callback that returns
+    neither None nor a bool; ValueError for values and data that make no sense; RuntimeError if a
+    callback moves net; and FloatingPointError if the training diverges.
     """
     evaluates = verbose or callback is not None
     h, loader, test_loader, device, dtype = check_arguments(
@@ -670,7 +671,7 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     # An epoch with the bias trained, an epoch with it frozen. The lr is a safe one. There is
     # no weight decay: divided by this lr, it could exceed what float16 holds.
     overrides |= dict(epochs=2, whiten_bias_epochs=1, lr=1e-3, weight_decay=0)
-    # With a callback it evaluates, which is to be warm too.
+    # The callback makes it evaluate, so that the evaluation is warm too.
     with suppress(FloatingPointError):  # if it diverges, the run itself is to say so
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,
               callback=lambda net, row: None, **overrides)
@@ -730,9 +731,9 @@ def merge(overrides):
 
 def check_arguments(train_loader, test_loader, net, device, dtype, evaluates, overrides):
     """
-    Checks the arguments of train and makes those that are not given.
+    Checks the arguments of train and fills in those that are not given.
 
-    evaluates: whether there is anything to evaluate on test_loader.
+    evaluates: whether test_loader is needed.
 
     Returns the hyperparameters, a copy of train_loader, test_loader, device and dtype. Raises as
     train does.
@@ -789,9 +790,8 @@ def report(row, net, state, verbose, callback):
         raise TypeError('callback must return None, or True to end the training, not '
                         f'{stop!r:.50}')
     # Lookahead would go on with the tensors that the network had.
-    now = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
-    is_other = any(a.data_ptr() != b.data_ptr() for a, b in zip(state, now, strict=True))
-    if is_other and row['epoch'] != 'eval':
+    now = {tensor.data_ptr() for tensor in net.state_dict().values()}
+    if row['epoch'] != 'eval' and any(tensor.data_ptr() not in now for tensor in state):
         raise RuntimeError('callback must not move net or change its dtype: use copies of its '
                            'state_dict()')
     return stop
@@ -1162,7 +1162,8 @@ def main():
     gpus = torch.cuda.device_count()
     if 'LOCAL_RANK' in os.environ:
         local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        # torchrun gives each of several processes one thread, unless the user has set the number.
+        # torchrun sets 1 where there are several processes and the user has set no number. A user's
+        # own 1 looks the same.
         if os.environ.get('OMP_NUM_THREADS') == '1':
             torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
         if local_rank < gpus:
@@ -1213,6 +1214,7 @@ def main():
             source=Path(__file__).read_text(encoding='utf-8'),
         )
         seeds = range(first_seed + rank, first_seed + args.runs, world_size)
+        missing = []
         if args.save:
             if args.save.is_file():
                 raise ValueError(f'{args.save} is a file: name a folder with --save')
@@ -1220,19 +1222,18 @@ def main():
             recipe = dict(script=script, hyperparameters=h, dtype=dtype,
                           classes=train_loader.classes, data=header['data'])
             has_net = {run['seed'] for run in own_runs + others if not run['diverged']}
-            missing = []
             for seed in seeds:
                 file = args.save / f'{script}-seed{seed}.pt'
                 if file.exists():
                     check_saved(file, dict(recipe, seed=seed))
                 elif seed in has_net:
                     missing.append(seed)
-            if missing:
-                print(f'note: {args.save} lacks the networks of {len(missing)} logged runs, of '
-                      f'seed {missing[0]} for example. To train them again, name another --log',
-                      file=sys.stderr)
         log, runs, changed = open_log(path, header)  # last, as it writes to the log
         done = {run['seed'] for run in runs + others}
+        if missing:
+            print(f'note: {args.save} lacks the networks of {len(missing)} logged runs, of seed '
+                  f'{missing[0]} for example. To train them again, name another --log',
+                  file=sys.stderr)
     except (OSError, ValueError) as error:
         first_line = str(error).partition('\n')[0]
         print(f'{script}: error: {first_line}', file=sys.stderr)

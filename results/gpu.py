@@ -366,10 +366,10 @@ def stop_process(process):
     process.wait()
 
 
-def watch(processes, end, args, is_done=lambda: False):
-    """Waits until the processes end, or time.monotonic() is end, or is_done(). Packs meanwhile."""
+def watch(processes, end, args):
+    """Waits until the processes end, or time.monotonic() is end. Packs meanwhile."""
     packed = time.monotonic()
-    while time.monotonic() < end and not is_done():
+    while time.monotonic() < end:
         if all(process.poll() is not None for process in processes):
             break
         time.sleep(0.5)
@@ -484,13 +484,12 @@ def search(args):
     try:
         for i, log in enumerate(logs):
             queue = args.work / f'queue_{i}.jsonl'
-            queue.write_text('\n'.join(lines[i :: args.processes]) + '\n')
+            queue.write_text('\n'.join([*lines[i :: args.processes], 'end']) + '\n')
             log.unlink(missing_ok=True)
             command = [sys.executable, program, str(queue), str(log), args.data]
             output = log.with_suffix('.out')
             processes.append(start_process(command, output, args, OMP_NUM_THREADS=str(threads)))
-        # They never end by themselves, unless they fail.
-        watch(processes, start + args.seconds, args, lambda: len(finished_runs()) == len(lines))
+        watch(processes, start + args.seconds, args)
     finally:
         for process in processes:
             stop_process(process)

@@ -61,6 +61,21 @@ def test_a_callback_that_changes_the_tensors_of_the_network(module, epoch, tiny)
 
 
 @EACH_TRAIN
+def test_a_callback_that_adds_to_the_network(module, tiny):
+    """A module that is kept in an attribute is part of the network, and of no training."""
+
+    def callback(net, row):
+        if module is not airbench94_compiled:  # whose network is one of all trainings
+            net.best = copy.deepcopy(net.linear)
+
+    first, second = (
+        module.train(loader_of(module, tiny), epochs=2, seed=1, callback=each, **SMALL)
+        for each in (callback, lambda net, row: None)
+    )
+    assert first.linear.weight.equal(second.linear.weight)
+
+
+@EACH_TRAIN
 def test_a_network_that_is_given_is_trained_in_place(module, tiny):
     """Its first layer as it is; its bias is trained again, though it was frozen."""
     loader = loader_of(module, tiny)

@@ -61,8 +61,8 @@ OWN = {
 }
 # Of the diff.
 MOST_LINES = dict(airbench94_muon=850, airbench95=20, airbench96=60, airbench94_compiled=380)
-# The lines of airbench94.py's train, warmup, merge and parse_arguments that the scripts which
-# compile do not have as they stand there.
+# The lines of airbench94.py's train, warmup, merge, run_once and parse_arguments that the scripts
+# which compile do not have as they stand there.
 LEFT_OUT = dict(
     airbench94_compiled="""
         if is_new:
@@ -94,6 +94,7 @@ LEFT_OUT = dict(
         for key in ('weight_decay', 'lr_start', 'lr_end', 'lookahead_power', 'whiten_bias_epochs'):
         for key in ('momentum', 'lr_peak'):
         require('lookahead', 'True or False', h['lookahead'] in (True, False))
+        pflops = count_pflops(h, last['steps'], tested, len(train_loader.classes))
     """,
 )
 SCRIPTS = ('airbench94', *OWN)
@@ -176,7 +177,7 @@ def test_the_scripts_that_compile_have_all_else_of_airbench94(script):
         return [line for line in lines if line and not line.startswith('#')]
 
     missing = []
-    for function in ('train', 'warmup', 'merge', 'parse_arguments'):
+    for function in ('train', 'warmup', 'merge', 'run_once', 'parse_arguments'):
         wanted = code_of(function, 'airbench94')
         matcher = difflib.SequenceMatcher(None, wanted, code_of(function, script), autojunk=False)
         for kind, first, last, _, _ in matcher.get_opcodes():

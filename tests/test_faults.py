@@ -88,6 +88,15 @@ def test_another_file_is_not_overwritten(main, change, tmp_path):
     assert not Path('log.jsonl').exists()
 
 
+def test_a_log_that_is_refused_is_all_that_is_said(main):
+    """Not also that the networks of its runs are missing."""
+    assert main(airbench94)[0] == 0
+    before = Path('log.jsonl').read_bytes()
+    code, out, err = main(airbench94, '--lr', 10, '--save', 'nets')
+    assert code == 2 and out == '' and len(err.splitlines()) == 1 and 'another lr' in err
+    assert Path('log.jsonl').read_bytes() == before
+
+
 def test_save_wants_a_folder(main):
     Path('net').write_text('')
     code, out, err = main(airbench94, '--save', 'net')

@@ -464,6 +464,9 @@ def test_a_recipe_that_fails_does_not_end_the_search(
     with pytest.raises(SystemExit, match='waits for more'):
         search.main()
     assert [json.loads(line)['seed'] for line in log.read_text().splitlines()] == [2]
+    log.unlink()
+    queue.write_text('\n'.join([*lines, 'end']))  # as gpu.py does
+    assert search.main() is None and len(log.read_text().splitlines()) == 1
     assert "KeyError: 'no'" in capsys.readouterr().err
 
 
