@@ -465,7 +465,10 @@ def test_what_is_said_of_the_trials_for_95():
     learned = 100 * min(run['train_acc'][-2:])
     _, (wider,) = summarize.read_logs([folder / 'wider17.jsonl'])
     too = 100 * min(wider['train_acc'][-2:])
-    said = f'{learned:.1f}% for seed {run["seed"]}, and {too:.1f}% for seed {wider["seed"]}.'
+    _, (last,) = summarize.read_logs([folder / 'wide36.jsonl'])
+    at_last = 100 * min(last['train_acc'][-2:])
+    said = f'{learned:.1f}% for seed {run["seed"]}, {too:.1f}% for seed {wider["seed"]}, and '
+    said += f'{at_last:.1f}% for seed {last["seed"]}.'
     assert f'the training accuracy on the last batch was at least {said}' in page
 
     _, (narrow,) = summarize.read_logs([folder / 'translate4.jsonl'])
@@ -479,8 +482,15 @@ def test_what_is_said_of_the_trials_for_95():
 
     _, (longer,) = summarize.read_logs([folder / 'wide24.jsonl'])
     assert f'3 gave {100 * longer["tta_val_acc"]:.2f} in a single run, after {first}' in page
-    _, (longest,) = summarize.read_logs([folder / 'wide28.jsonl'])
-    assert f'4 gave {100 * longest["tta_val_acc"]:.2f} in a single run.' in page
+    (_, (long,)), (_, (longest,)) = (
+        summarize.read_logs([folder / f'{name}.jsonl']) for name in ('wide28', 'wide36')
+    )
+    first_two, compute = (
+        [f'{scale * run[key]:.2f}' for run in (long, longest)]
+        for scale, key in ((100, 'tta_val_acc'), (1, 'pflops'))
+    )
+    said = f'4 gave {" and ".join(first_two)} in single runs, for {" and ".join(compute)} PFLOPs.'
+    assert said in page
 
     (third,) = map(json.loads, open(folder / 'third_convolution.jsonl'))
     accuracy, without = (
