@@ -528,8 +528,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
         it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
-        how a new network whitens: shuffle images that are sorted. An epoch is a pass
-        over its images: half as many need twice the epochs for as many steps.
+        how a new network whitens: shuffle images that are sorted. An epoch is a pass over its
+        images: half as many need twice the epochs for as many steps.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
