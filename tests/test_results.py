@@ -560,7 +560,9 @@ def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatc
 
     monkeypatch.setattr(airbench94_muon, 'synthetic_split', split)
     train_loader = airbench94_muon.CifarLoader('synthetic', batch_size=50, device='cpu')
-    net = airbench94_muon.train(train_loader, widths=h['widths'], epochs=1, seed=1, verbose=False)
+    net = airbench94_muon.train(
+        train_loader, widths=h['widths'], epochs=1, seed=1, dtype='float32', verbose=False
+    )  # the dtype of the program
     loader = airbench94_muon.CifarLoader('synthetic', train=False, device='cpu')
     saved = dict(hyperparameters=h, state_dict=net.state_dict(), seed=1)
     torch.save(saved, tmp_path / 'net.pt')
