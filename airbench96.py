@@ -92,7 +92,7 @@ def load_split(path, train):
         return synthetic_split(train)
     folder = Path(path).expanduser()
     if folder.is_file():
-        raise ValueError(f'{folder} is a file: name the folder that train.pt and test.pt are in')
+        raise ValueError(f'{folder} is a file: name the folder that it is in')
     files = [folder / 'train.pt', folder / 'test.pt']
     if files[0].exists() or files[1].exists():
         return load_file(files[0] if train else files[1])
@@ -101,13 +101,14 @@ def load_split(path, train):
     try:
         from torchvision.datasets import CIFAR10  # here, because importing it takes a second
         split = CIFAR10(folder, train, download=True)
-    except Exception as error:  # the download, the disk or the archive is at fault
+    except Exception as error:  # torchvision, the download, the disk or the archive is at fault
         if is_new:
             with suppress(OSError):
                 folder.rmdir()  # torchvision made it; fails unless it is empty
         raise FileNotFoundError(
-            f'no CIFAR-10 in {path}, and it cannot be downloaded ({error}). Put train.pt and '
-            'test.pt or the archive there, or use --data DIR or --data synthetic') from error
+            f'CIFAR-10 cannot be read from {path}, and cannot be downloaded ({error}). Put '
+            'cifar-10-python.tar.gz, or train.pt and test.pt, there, or use --data DIR or '
+            '--data synthetic') from error
     return dict(images=torch.from_numpy(split.data), labels=torch.tensor(split.targets),
                 classes=split.classes)
 
@@ -147,8 +148,8 @@ def load_file(file):
         is_valid = False
     if not is_valid:
         raise ValueError(f'{file} must hold dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,) '
-                         'from 0, classes=list of str), by torch.save, tensors and not NumPy '
-                         f'arrays. It holds {found}')
+                         'from 0 to len(classes) - 1, classes=list of str), by torch.save, as '
+                         f'tensors and not NumPy arrays. It holds {found}')
     return data
 
 
@@ -188,9 +189,9 @@ class CifarLoader:
 
     Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
 
-    Attributes can be replaced. For a subset these are images, float (N, 3, 32, 32) from 0 to 1,
-    and labels, int64 (N,). For other data they are also mean and std, three numbers each, and
-    classes, a list of names. Raises ValueError for what does not fit together.
+    Attributes can be replaced: for a subset images, float (N, 3, 32, 32) from 0 to 1, and labels,
+    int64 (N,); for other data also mean and std, three numbers each, and classes, a list of names.
+    Raises ValueError for what does not fit together.
 
     If labels are torch.arange(N, device=labels.device), a loop of your own gets the indices of a
     batch's images. train refuses such labels, and evaluate would compare with them.
@@ -412,8 +413,8 @@ def make_optimizer(net, h):
     It is also divided by 1 + 1 / (1 - momentum). Where the gradient g stays the same, a step of
     PyTorch's Nesterov SGD is lr * g times 1 / (1 - momentum). The division makes this factor
     1 / (2 - momentum): 0.83 to 0.95 for a momentum of 0.8 to 0.95. So lr and momentum can be tuned
-    independently. Without the first 1 the factor would be 1, but the paper's hyperparameters were
-    tuned with it.
+    independently. A division by 1 / (1 - momentum) alone would make the factor 1, but the paper's
+    hyperparameters were tuned with this one.
 
     PyTorch adds weight_decay * weight to the gradient, which it then multiplies by the lr. So the
     decay is divided by the group's peak lr: h['lr'] and bias_scaler do not change it, the schedule
@@ -556,10 +557,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     net: a Net to train, in place, its first layer as it is (default: a new one, whitened). It
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
         The schedule, the optimizer and Lookahead begin anew.
-    seed: sets PyTorch's global generators (default: they go on from where they are). After two
-        trainings with one seed they draw the same: for random subsets or labels, use a
-        torch.Generator of your own. Trainings in two threads share the global ones, and cannot be
-        reproduced.
+    seed: sets PyTorch's global generators (default: they go on from where they are). What you draw
+        from these afterwards repeats too: for random subsets or labels, use a torch.Generator of
+        your own. Trainings in two threads share the global ones, and cannot be reproduced.
     device: to train on (default: the loader's).
     dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
@@ -714,7 +714,8 @@ def merge(overrides):
         if key == 'batchnorm_momentum':
             raise TypeError(f'there is no {key}: bn_momentum is 1 minus it, as in PyTorch')
         if key not in hyp:
-            raise TypeError(f'no hyperparameter {key}: there are {", ".join(hyp)}')
+            raise TypeError(f'no argument {key}: there are train_loader, test_loader, net, seed, '
+                            f'device, dtype, verbose, callback, {", ".join(hyp)}')
     h = hyp | overrides
 
     def require(key, what, condition):
@@ -805,8 +806,9 @@ def report(row, net, state, verbose, callback):
     if verbose:
         print_row(row)
     stop = None if callback is None else callback(net, row)
-    # A number is a mistake, such as what file.write returns. Its type is asked, as 1 == True.
-    if stop not in (None, False, True) or type(stop) is int:
+    # A number is a mistake, such as what file.write returns. But True and False are numbers too.
+    is_number = isinstance(stop, numbers.Number) and not isinstance(stop, bool)
+    if is_number or stop not in (None, False, True):
         raise TypeError('callback must return None, or True to end the training, not '
                         f'{stop!r:.50}')
     # Lookahead would go on with the tensors that the network had.
@@ -869,7 +871,8 @@ def device_name(device):
 def default_dtype(device):
     """
     The fastest for training: float16 on CUDA, bfloat16 on some CPUs, float32 elsewhere. Before
-    PyTorch 2.11 it is float32 on all CPUs: there give bfloat16 where it is faster.
+    2.11 PyTorch does not tell CPUs apart, and it is float32 on all of them: give bfloat16 where
+    that is faster.
     """
     if device.type == 'cuda':
         return torch.float16
@@ -971,8 +974,9 @@ def read_log(path):
     The headers and the runs of a log, or [] and [] if there is no such file yet.
 
     A log is JSON lines: a header, then a line for each run. Another header stands before the runs
-    of another source, PyTorch, device or number of threads. A last line that was cut off, as the
-    process was killed or the disk was full, is left out. Raises ValueError for another file.
+    of another source, PyTorch, device or number of threads. Left out are headers without runs, but
+    for the last, and a last line that was cut off, as the process was killed or the disk was full.
+    Raises ValueError for another file.
     """
     if not path.is_file() or path.stat().st_size == 0:
         return [], []
@@ -981,8 +985,18 @@ def read_log(path):
         lines.append(last)
     try:
         records = [json.loads(line) for line in lines]
-        headers = [record for record in records if record['type'] == 'header']
-        runs = [record for record in records if record['type'] == 'run']
+        headers = []
+        runs = []
+        was_header = False
+        for record in records:
+            is_header = record['type'] == 'header'
+            if is_header and was_header:
+                headers.pop()  # no run of it ended
+            if is_header:
+                headers.append(record)
+            elif record['type'] == 'run':
+                runs.append(record)
+            was_header = is_header
         is_log = len(headers) > 0
         seeds = [run['seed'] for run in runs]
     except (ValueError, TypeError, LookupError):
@@ -1004,8 +1018,9 @@ def check_experiment(path, header, old):
     theirs |= json.loads(json.dumps(hyp)) | old.get('hyperparameters', {})
     for key, value in theirs.items():
         if ours.get(key) != value:
-            raise ValueError(f'{path} is of another {key}, {value}, not {ours.get(key)}: name '
-                             'another log with --log')
+            # The data are hashes, which say nothing to a reader.
+            values = '' if key == 'data' else f', {value}, not {ours.get(key)}'
+            raise ValueError(f'{path} is of another {key}{values}: name another log with --log')
 
 
 def lock(file):
@@ -1027,9 +1042,9 @@ def open_log(path, header):
     differs between header and the headers of these runs, as ['device'].
 
     Drops a last line that was cut off. Adds the header if source, PyTorch, device or threads differ
-    from those of the log's last header, and says if there are runs of others. Raises ValueError if
-    the log is that of another experiment, if another process writes to it, or if it cannot be
-    written.
+    from those of the log's last header, and prints a note if the log has runs of others. Raises
+    ValueError if the log is that of another experiment, if another process writes to it, or if it
+    cannot be written.
     """
     header = json.loads(json.dumps(header))  # tuples become lists, as they are in the file
     try:
@@ -1105,14 +1120,14 @@ def save_net(net, file, recipe):
 
 
 def check_saved(file, recipe):
-    """Raises ValueError if the file is another network, which is not to be overwritten."""
+    """Raises ValueError if the file is anything else, which is not to be overwritten."""
     try:
         saved = torch.load(file, map_location='cpu', weights_only=True)
         del saved['state_dict']
     except Exception:  # torch.load raises all kinds of errors for other files
         saved = None
     if saved != recipe:
-        raise ValueError(f'{file} is a network of another recipe or of other data: name another '
+        raise ValueError(f'{file} is not a network of this recipe and these data: name another '
                          'folder with --save')
 
 

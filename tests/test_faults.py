@@ -83,7 +83,7 @@ def test_another_file_is_not_overwritten(main, change, tmp_path):
     Path('log.jsonl').unlink(missing_ok=True)
     before = file.read_bytes()
     code, out, err = main(airbench94, '--seed', 1, '--save', 'nets')
-    assert code == 2 and out == '' and f'{file} is a network of another recipe' in err
+    assert code == 2 and out == '' and f'{file} is not a network of this recipe' in err
     assert '--save' in err and len(err.splitlines()) == 1 and file.read_bytes() == before
     assert not Path('log.jsonl').exists()
 
@@ -457,6 +457,9 @@ def test_a_callback_that_returns_something_else(module, one_batch, tmp_path):
         for text in ('.', 'seventeen letters'):
             with pytest.raises(TypeError, match=f'None, or True .* {len(text)}$'):
                 module.train(loader, callback=lambda *_, text=text: file.write(text), **options)
+    for accuracy in (0.0, 1.0):
+        with pytest.raises(TypeError, match=f'None, or True .* {accuracy}$'):
+            module.train(loader, callback=lambda *_, value=accuracy: value, **options)
     rows = []
     module.train(
         loader, callback=lambda *args: rows.append(args[1]) or torch.tensor(True), **options

@@ -391,7 +391,7 @@ def test_values_that_make_no_sense(module, name, value):
 
 @EACH_TRAIN
 def test_what_train_is_given_is_merged(module, tiny):
-    with pytest.raises(TypeError, match='label_smoothin:.*' + '.*'.join(module.hyp)):
+    with pytest.raises(TypeError, match='label_smoothin: .* callback, ' + '.*'.join(module.hyp)):
         module.train(tiny_loader(tiny), label_smoothin=0)
     with pytest.raises(ValueError, match='lr must be'):
         module.train(tiny_loader(tiny), lr=0)
