@@ -506,6 +506,9 @@ def test_what_is_said_of_the_trials_for_95():
     assert f'seems to pay nothing: {said} of {cutout["epochs"]:.0f} epochs.' in page
     assert cutout['pflops'] == pytest.approx(long['pflops'], rel=0.01)
     assert f'{100 * cutout["train_acc"]:.1f}% of the last ten batches' in page
+    (pruned,) = map(json.loads, open(folder / 'fewer_easy.jsonl'))
+    said = f'for {pruned["epochs"]:.1f} epochs: {100 * pruned["selective"]:.2f}, a single run'
+    assert said in page and pruned['changes']['prune'] == [0.35, 0.4]
 
     _, (larger,) = summarize.read_logs([folder / 'larger17.jsonl'])
     accuracy, times = 100 * larger['tta_val_acc'], larger['pflops'] / wide['pflops']
