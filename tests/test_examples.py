@@ -260,7 +260,10 @@ def test_the_ablations_results_follow_from_the_logs(arm):
         f'| {100 * test["difference"]:+.2f} | '
         f'{100 * test["interval"][0]:+.2f} to {100 * test["interval"][1]:+.2f} | {test["p"]:.2g} |'
     )
-    assert row in (ROOT / 'results' / 'examples' / 'README.md').read_text()
+    page = (ROOT / 'results' / 'examples' / 'README.md').read_text()
+    assert row in page
+    what = dict(random_flip='flip may be worth', no_lookahead='Lookahead')[arm]
+    assert f'{what} up to {100 * test["interval"][1]:.1f}' in page
 
 
 def test_the_data_selection_follows_from_its_log():
