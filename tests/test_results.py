@@ -191,6 +191,9 @@ def test_the_times_on_each_processor_are_logged_ones():
         'float16',
         [means.get(script, '') for script in scripts],
     )
+    versions = {run['torch'] for _, runs in logs.values() for run in runs}
+    assert {version.rpartition('.')[0] for version in versions} == {'2.14', '2.15'}
+    assert 'PyTorch was 2.14 or 2.15 on the CPUs' in ' '.join(text.split())
     for name, instructions, dtype, *cells in rows:
         for script, cell in zip(scripts, cells, strict=True):
             header, runs = logs[script]
@@ -408,6 +411,22 @@ def test_the_time_without_needless_products_is_as_logged():
     assert said.format(*ratios) in text
 
 
+def test_the_intervals_of_v_and_s_on_a_cpu_follow_from_their_logs():
+    from scipy import stats
+
+    folder = RESULTS / 'airbench94_muon' / 'crops'
+    said = []
+    for name, n in (('cpu', 10), ('before_2x2', 6)):
+        values = [
+            100 * run['tta_val_acc'] for run in summarize.read_logs([folder / f'{name}.jsonl'])[1]
+        ]
+        assert len(values) == n
+        width = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+        said.append(f'{statistics.fmean(values):.2f} ± {width:.2f}')
+    page = ' '.join((RESULTS / 'search_94_muon' / 'README.md').read_text().split())
+    assert f'{said[0]} (ten runs) at 0.239, after {said[1]} (six) for S, on CPUs.' in page
+
+
 def test_the_trials_for_95_follow_from_their_logs():
     """An option is a hyperparameter of airbench94_muon.py that was changed."""
     folder = RESULTS / 'search_95_muon'
@@ -504,11 +523,15 @@ def test_what_is_said_of_the_trials_for_95():
     (cutout,) = map(json.loads, open(folder / 'cutout8.jsonl'))
     said = f'{100 * cutout["selective"]:.2f} after {100 * long["tta_val_acc"]:.2f}, in single runs'
     assert f'seems to pay nothing: {said} of {cutout["epochs"]:.0f} epochs.' in page
+    (header, _) = summarize.read_logs([folder / 'wide28.jsonl'])
+    assert f'and in {cutout["dtype"]}, not {header["dtype"]}.' in page
     assert cutout['pflops'] == pytest.approx(long['pflops'], rel=0.01)
     assert f'{100 * cutout["train_acc"]:.1f}% of the last ten batches' in page
     (pruned,) = map(json.loads, open(folder / 'fewer_easy.jsonl'))
     said = f'for {pruned["epochs"]:.1f} epochs: {100 * pruned["selective"]:.2f}, a single run'
     assert said in page and pruned['changes']['prune'] == [0.35, 0.4]
+    cells = re.findall(r'\| (9\d\.\d\d) \|', (folder / 'README.md').read_text())
+    assert [cell for cell in cells if float(cell) >= 95] == [f'{100 * pruned["selective"]:.2f}']
 
     _, (larger,) = summarize.read_logs([folder / 'larger17.jsonl'])
     accuracy, times = 100 * larger['tta_val_acc'], larger['pflops'] / wide['pflops']
