@@ -179,10 +179,15 @@ class CifarLoader:
 
     Attributes can be replaced: for a subset images, float (N, 3, 32, 32) from 0 to 1, and labels,
     int64 (N,); for other data also mean and std, three numbers each, and classes, a list of names.
-    Raises ValueError for what does not fit together.
+    Raises ValueError for what does not fit together. What copy.copy makes of a loader shares its
+    tensors and its aug: assign new ones, and change none in place.
 
-    If labels are torch.arange(N, device=labels.device), a loop of your own gets the indices of a
-    batch's images. train refuses such labels, and evaluate would compare with them.
+    For an augmentation of your own, override __iter__, and change the inputs that
+    super().__iter__() yields.
+
+    To know which images are in a batch, set labels = torch.arange(N, device=labels.device) in a
+    copy. It is for loops of your own: train refuses such labels, and evaluate would compare with
+    them.
 
     Each pass over the loader is an epoch, and is counted for altflip. Before another training in a
     loop of your own, set loader.epoch = 0 and loader.flip_mask = None; train does so by itself.
@@ -234,6 +239,8 @@ class CifarLoader:
         if self.labels.shape != (n,):
             raise ValueError(f'there must be a label for each of the {n} images, not '
                              f'{tuple(self.labels.shape)}')
+        if not isinstance(self.batch_size, numbers.Integral):
+            raise ValueError(f'batch_size must be a whole number, not {self.batch_size!r}')
         if self.batch_size < 1 or len(self) < 1:
             raise ValueError(f'no batch of {self.batch_size} from {n} images: batch_size must be '
                              f'from 1 to {n}, or more with drop_last=False')
@@ -268,7 +275,8 @@ class CifarLoader:
             order = torch.arange(n, device=device)
         # On a CPU it is faster to augment batch by batch than all images first, as a batch fits
         # into the cache.
-        for indices in order.split(int(self.batch_size))[:len(self)]:
+        batch_size = int(self.batch_size)  # split takes no NumPy integer
+        for indices in order.split(batch_size)[:len(self)]:
             inputs = self.normalize(self.images[indices])
             if self.aug.get('flip'):
                 mirrored = flip_mask[indices].view(-1, 1, 1, 1)
@@ -400,8 +408,11 @@ def make_optimizer(net, h):
     decay is divided by the group's peak lr: h['lr'] and bias_scaler do not change it, the schedule
     does. It grows with batch_size, so that an epoch decays the weights alike at any batch size.
 
-    Any other optimizer of PyTorch can be returned; its lr follows the schedule. In float16 Adam
-    gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
+    What has norm in its name gets lr times bias_scaler, all else lr.
+
+    Any other optimizer of PyTorch can be returned; its lr follows the schedule. A schedule-free
+    one does not fit, as train does not call its eval(). In float16 Adam gives NaN, as its eps of
+    1e-8 is 0 there: train in another dtype, or with eps=1e-4.
     """
     scale = 1024 * (1 + 1 / (1 - h['momentum']))
     lr = h['lr'] / scale
@@ -530,7 +541,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
         it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
         how a new network whitens: shuffle images that are sorted. An epoch is a pass over its
-        images: half as many need twice the epochs for as many steps.
+        images: for as many steps, half as many images need twice the epochs, and twice the
+        whiten_bias_epochs. CifarLoader(batch_size=hyp['batch_size'], aug=hyp['aug']) is the
+        recipe's.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
@@ -539,16 +552,19 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         The schedule, the optimizer and Lookahead begin anew.
     seed: sets PyTorch's global generators (default: they go on from where they are). What you draw
         from these afterwards repeats too: for random subsets or labels, use a torch.Generator of
-        your own. Trainings in two threads share the global ones, and cannot be reproduced.
+        your own. Trainings in two threads share the global ones, and cannot be reproduced. On a
+        GPU the same seed does not give the same network: save what you need again.
     device: to train on (default: the loader's).
     dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
-        with the table's row as a dict. If it returns True, the training ends with that epoch, and
-        the network becomes Lookahead's average, as it always does at the end. The row's
-        train_loss and train_acc are those of the epoch's last batch. A callback that draws from
-        PyTorch's global generators changes the training. No callback may move net or change its
-        dtype: use copies of net.state_dict().
+        with the table's row as a dict: epoch, train_loss, train_acc, val_acc, time_seconds and
+        steps. In the last one epoch is 'eval', and tta_val_acc stands in place of train_loss,
+        train_acc and val_acc. The train_loss and train_acc are those of the epoch's last batch. If
+        it returns True, the training ends with that epoch, and the network becomes Lookahead's
+        average, as it always does at the end. A callback that draws from PyTorch's global
+        generators changes the training. No callback may move net or change its dtype: use copies
+        of net.state_dict().
     overrides: hyperparameters, as in lr=10. Where batch_size, aug and altflip are not among
         them, those of train_loader are taken.
 
@@ -567,7 +583,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     is_new = net is None
     if is_new:
         net = Net(h, len(loader.classes), device, dtype)
-    net.whiten.bias.requires_grad_(True)
+    net.whiten.bias.requires_grad_(True)  # a net that was trained has it frozen
     net.classes = loader.classes
     optimizer = make_optimizer(net, h)
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, h))
@@ -788,7 +804,8 @@ def report(row, net, state, verbose, callback):
     stop = None if callback is None else callback(net, row)
     # A number is a mistake, such as what file.write returns. But True and False are numbers too.
     is_number = isinstance(stop, numbers.Number) and not isinstance(stop, bool)
-    if is_number or stop not in (None, False, True):
+    is_array = getattr(stop, 'ndim', 0) > 0  # such as the logits
+    if is_number or is_array or stop not in (None, False, True):
         raise TypeError('callback must return None, or True to end the training, not '
                         f'{stop!r:.50}')
     # Lookahead would go on with the tensors that the network had.
@@ -823,7 +840,7 @@ def check_data(train_loader, test_loader):
                              f'{loader.labels.dtype}')
         if not 0 <= loader.labels.min() <= loader.labels.max() < num_classes:
             raise ValueError(f'{name}.labels must be from 0 to {num_classes - 1}, as train_loader '
-                             f'has {num_classes} classes')
+                             f'has {num_classes} classes: set labels in both loaders')
 
 
 def cpu_capabilities():
@@ -954,9 +971,9 @@ def read_log(path):
     The headers and the runs of a log, or [] and [] if there is no such file yet.
 
     A log is JSON lines: a header, then a line for each run. Another header stands before the runs
-    of another source, PyTorch, device or number of threads. Left out are headers without runs, but
-    for the last, and a last line that was cut off, as the process was killed or the disk was full.
-    Raises ValueError for another file.
+    of another source, PyTorch, device or number of threads. Left out are a header that another one
+    follows at once, and a last line that was cut off, as the process was killed or the disk was
+    full. Raises ValueError for another file, and for a log that holds a seed twice.
     """
     if not path.is_file() or path.stat().st_size == 0:
         return [], []
@@ -1100,13 +1117,16 @@ def save_net(net, file, recipe):
 
 
 def check_saved(file, recipe):
-    """Raises ValueError if the file is anything else, which is not to be overwritten."""
+    """Raises ValueError unless the file is of this recipe, and so may be overwritten."""
     try:
         saved = torch.load(file, map_location='cpu', weights_only=True)
         del saved['state_dict']
+        saved['hyperparameters'] = hyp | saved['hyperparameters']  # as in check_experiment
+        # As JSON, in which a tuple and a list are the same, as in a log.
+        is_same = json.dumps(saved, sort_keys=True) == json.dumps(recipe, sort_keys=True)
     except Exception:  # torch.load raises all kinds of errors for other files
-        saved = None
-    if saved != recipe:
+        is_same = False
+    if not is_same:
         raise ValueError(f'{file} is not a network of this recipe and these data: name another '
                          'folder with --save')
 
@@ -1168,7 +1188,7 @@ def parse_arguments():
 def main():
     """The command line. Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130))  # so that the summary is printed
+        signal.signal(number, lambda *_: sys.exit(130))  # prints the summary
     script = Path(__file__).stem
     # torchrun starts a process for each device, which takes its share of the seeds.
     rank = int(os.environ.get('RANK', 0))

@@ -152,6 +152,26 @@ def test_a_list_of_optimizers_in_airbench94_muon(tiny, monkeypatch):
 
 
 @EACH_TRAIN
+def test_a_parameter_that_is_added_is_trained(module, tiny, monkeypatch):
+    """Such as a scale, or a matrix in a block."""
+
+    class Added(module.Net):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.scale = torch.nn.Parameter(torch.ones(10))
+            self.blocks[0].matrix = torch.nn.Parameter(torch.eye(10))
+
+        def forward(self, x):
+            return super().forward(x) @ self.blocks[0].matrix * self.scale
+
+    monkeypatch.setattr(module, 'Net', Added)
+    net = module.train(loader_of(module, tiny), epochs=1, seed=0, **SMALL)
+    assert not torch.equal(net.scale, torch.ones(10))
+    assert not torch.equal(net.blocks[0].matrix, torch.eye(10))
+    assert net.whiten.weight.grad is None
+
+
+@EACH_TRAIN
 def test_the_mean_and_std_of_other_data(module, tiny):
     """Three numbers each; train gives them to the test loader."""
     loader = loader_of(module, tiny, aug={})

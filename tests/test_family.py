@@ -67,7 +67,7 @@ LEFT_OUT = dict(
     airbench94_compiled="""
         if is_new:
             net = Net(h, len(loader.classes), device, dtype)
-        net.whiten.bias.requires_grad_(True)
+        net.whiten.bias.requires_grad_(True)  # a net that was trained has it frozen
         return net.eval()
         if device.type == 'cpu':
         overrides |= dict(epochs=2, whiten_bias_epochs=1, lr=1e-3, weight_decay=0)
@@ -75,7 +75,7 @@ LEFT_OUT = dict(
     airbench94_muon="""
         if is_new:
             net = Net(h, len(loader.classes), device, dtype)
-        net.whiten.bias.requires_grad_(True)
+        net.whiten.bias.requires_grad_(True)  # a net that was trained has it frozen
         optimizer = make_optimizer(net, h)
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, h))
         loss, logits = train_step(net, optimizer, inputs, labels, h['label_smoothing'])

@@ -57,6 +57,15 @@ def test_a_network_whose_run_was_not_logged_is_made_again(main):
     assert main(airbench94, '--save', 'nets')[0] == 0 and logged_seeds() == [0]
 
 
+def test_a_network_of_the_same_recipe_in_other_words_is_overwritten(main, monkeypatch):
+    """A list for a tuple, and from before a hyperparameter was added, as for logs."""
+    assert main(airbench94, '--save', 'nets', '--widths', '(8, 8, 8)')[0] == 0
+    before = Path('nets/airbench94-seed0.pt').read_bytes()
+    monkeypatch.setitem(airbench94.hyp, 'newer', 1)
+    assert main(airbench94, '--runs', 2, '--save', 'nets', '--widths', '[8, 8, 8]')[0] == 0
+    assert logged_seeds() == [0, 1] and Path('nets/airbench94-seed0.pt').read_bytes() == before
+
+
 def test_a_logged_run_without_its_network_is_said(main):
     assert main(airbench94, '--runs', 2)[0] == 0
     code, _, err = main(airbench94, '--runs', 3, '--save', 'nets')
@@ -326,6 +335,7 @@ def spoil(loader, name, change):
     ('images', lambda images: images.numpy(), 'images must be a tensor, .* not ndarray'),
     ('labels', lambda labels: labels.tolist(), 'labels must be a tensor, .* not list'),
     ('batch_size', lambda size: 0, 'no batch of 0'),
+    ('batch_size', float, 'batch_size must be a whole number, not 50'),
 ])  # fmt: skip
 def test_data_are_checked_before_training(one_batch, monkeypatch, which, name, change, message):
     monkeypatch.setattr(airbench94, 'Net', None)
@@ -354,7 +364,8 @@ def test_the_default_test_set_is_checked_too(one_batch):
     loader.images, loader.labels = loader.images[mask], loader.labels[mask] - 4
     loader.classes = loader.classes[4:]
     train(loader, epochs=1, **SMALL)
-    with pytest.raises(ValueError, match='test_loader.labels must be from 0 to 5'):
+    message = 'test_loader.labels must be from 0 to 5, .*: set labels in both loaders'
+    with pytest.raises(ValueError, match=message):
         train(loader, epochs=1, callback=lambda net, row: None, **SMALL)
 
 
@@ -460,6 +471,9 @@ def test_a_callback_that_returns_something_else(module, one_batch, tmp_path):
     for accuracy in (0.0, 1.0):
         with pytest.raises(TypeError, match=f'None, or True .* {accuracy}$'):
             module.train(loader, callback=lambda *_, value=accuracy: value, **options)
+    for logits in (torch.zeros(2), torch.ones(2).numpy()):
+        with pytest.raises(TypeError, match='None, or True '):
+            module.train(loader, callback=lambda *_, value=logits: value, **options)
     rows = []
     module.train(
         loader, callback=lambda *args: rows.append(args[1]) or torch.tensor(True), **options

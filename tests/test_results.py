@@ -275,7 +275,7 @@ def test_what_is_said_of_the_recipe_before():
     steps = math.ceil(header['hyperparameters']['epochs'] * 25)
     h = airbench94_muon.hyp | dict(sizes=header['hyperparameters']['crops'])
     fewer = airbench94_muon.count_pflops(h, steps, 10000)
-    assert f'without them its {pflops:.3f} PFLOPs would be {fewer:.3f}' in text
+    assert f'Without them its {pflops:.3f} PFLOPs would be {fewer:.3f}' in text
     assert f'and {pflops:.3f} PFLOPs' in page
 
 
@@ -366,7 +366,7 @@ def test_what_a_step_on_the_h200_is_made_of():
     )
     assert f'| [before](h200_random_before.jsonl) | {" | ".join(before)} |' in page
     assert f'| [after](h200.jsonl) | {" | ".join(after)} |' in page
-    assert f'they too take {random[-1]} s' in page
+    assert f'(h200_random.jsonl) the changes, {random[-1]} s too.' in page
 
     lines = (folder / 'h200_parts.txt').read_text().splitlines()
     resized = [float(line.split()[-2]) / 1000 for line in lines if line.endswith(' us')][:4]
