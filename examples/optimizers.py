@@ -98,9 +98,11 @@ def main():
         line = f'{name:6} n {summary["n"]}'
         if summary['diverged'] > 0:
             line += f', {summary["diverged"]} diverged'
+        if summary['n'] > 0:
+            line += f', mean {summary["mean"]:.4f}'
         if summary['n'] > 1:
             low, high = summary['interval']
-            line += f', mean {summary["mean"]:.4f}, its 95% interval {low:.4f} to {high:.4f}'
+            line += f', its 95% interval {low:.4f} to {high:.4f}'
         print(line)
     return 0
 

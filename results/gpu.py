@@ -23,10 +23,10 @@ process for each, as times are not asked for, and their accuracies are printed.
 
 The search trains what search_94_muon/candidates.py has for --target, --processes at a time, and is
 stopped when its seconds are over. It prints what each change added to the accuracy, for which there
-must be two more runs than changes. For 96% a run has 2.2 PFLOPs, and three at a time take 46
-seconds at 145 TFLOP/s: 420 seconds are for some 24 runs, and 8 are needed. Those that have not
-ended by then are lost: at worst one of each process, as the runs are alike. For 95% 18 are needed,
-of 0.45.
+must be two more runs than changes, and better ten more than that. For 96% a run has 2.2 PFLOPs, and
+three at a time take 46 seconds at 145 TFLOP/s: 420 seconds are for some 24 runs, and 8 are needed.
+Those that have not ended by then are lost: at worst one of each process, as the runs are alike. For
+95% 18 are needed, of 0.45.
 
 All runs of trials and search that ended are in DIR/trials.tar or DIR/search.tar. These are written
 anew every 15 seconds, as the program may be killed. SIGTERM ends it, and what it has started; where
@@ -518,6 +518,9 @@ def shrunk(changes):
 def run_all(args):
     start = time.monotonic()
     plan = bench_plan(args) if args.stage == 'bench' else runs_plan(args)
+    if not any(args.only in name for name, *_ in plan):
+        print(f'gpu: error: no command has {args.only} in its name', file=sys.stderr)
+        sys.exit(2)
     folder = args.work / 'logs'
     folder.mkdir(parents=True, exist_ok=True)
     if args.stage == 'bench':
@@ -597,11 +600,17 @@ def main():
             print(script.device_name(torch.device(args.device)), flush=True)
         except (AssertionError, RuntimeError) as error:
             parser.error(f'no device {args.device}: {str(error).splitlines()[0]}')
-    if args.stage in ('trials', 'search'):
+    if args.processes < 1:
+        parser.error('--processes must be at least 1')
+    args.work = args.work.resolve()  # what is started runs in another folder
+    if args.stage in ('runs', 'trials', 'search'):
         # Once, as processes that download or unpack CIFAR-10 at once get in each other's way.
-        is_folder = args.data != 'synthetic'
+        folder = args.data if args.data == 'synthetic' else ROOT / args.data
+        if folder != 'synthetic' and not folder.exists():
+            parser.error(f'there is no folder {folder}')  # else torchvision would try to download
         try:
-            script.load_split(ROOT / args.data if is_folder else args.data, train=False)
+            for train in (True, False):
+                script.load_split(folder, train)
         except (OSError, ValueError) as error:
             parser.error(str(error))
     stage = dict(probe=probe, trials=trials, search=search, bench=run_all, runs=run_all)[args.stage]

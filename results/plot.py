@@ -16,7 +16,6 @@ from pathlib import Path
 import summarize
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 # Okabe and Ito's colours, which the colour-blind can tell apart, some of them darkened: all stand
 # out from a white page and from a dark one, each by a contrast of 3 to 1 or more.
 COLORS = {
@@ -159,6 +158,8 @@ def main(arguments=None):
         '--out', type=Path, default=HERE, metavar='FOLDER', help='(default: results/)'
     )
     args = parser.parse_args(arguments)
+    if args.logs and args.out == HERE:
+        parser.error('name a folder with --out: the figures in results/ are of the logs there')
     try:
         import matplotlib
 
@@ -170,10 +171,10 @@ def main(arguments=None):
     try:
         scripts = {}
         # Those of the H200, where there are any.
-        found = [
-            max(folder / 'h200.jsonl', folder / 'cpu.jsonl', key=Path.exists)
-            for folder in sorted(HERE.glob('airbench*'))
-        ]
+        found = []
+        for folder in sorted(HERE.glob('airbench*')):
+            path = folder / 'h200.jsonl'
+            found.append(path if path.exists() else folder / 'cpu.jsonl')
         for path in args.logs or found:
             header = summarize.read_logs([path])[0]
             scripts.setdefault(header['script'], []).append(path)
@@ -184,8 +185,8 @@ def main(arguments=None):
                 raise ValueError(
                     f'{scripts[script][0]} is of synthetic data, whose accuracies mean nothing'
                 )
-            if not all({'pflops', 'val_acc'} <= set(run) for run in runs):
-                raise ValueError(f'{scripts[script][0]} is not a log of the scripts')
+            if not all('pflops' in run for run in runs):
+                raise ValueError(f'a log of {script} has runs without PFLOPs')
             runs = [run for run in runs if not run['diverged']]
             if runs:
                 logs.append((header, runs))
@@ -193,6 +194,8 @@ def main(arguments=None):
             logs.append(summarize.read_logs([BEFORE]))
         if not logs:
             raise ValueError('no log holds a finished run')
+        if not any(header['script'] in OURS for header, _ in logs):
+            raise ValueError(f'no log is of a script that is drawn: {", ".join(OURS)}')
         args.out.mkdir(parents=True, exist_ok=True)
         figures = dict(accuracy=plot_accuracy(plt, logs))
         for header, runs in logs:

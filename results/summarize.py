@@ -165,8 +165,8 @@ def readme_cell(summary):
 
 def readme_time(run):
     """
-    A run's cell in the README's table of processors: seconds, with three figures from 1 s on, and
-    TFLOP/s.
+    A run's cell in the README's table of processors: seconds, with two decimals below 10 s, one
+    below 100 s and none above, and TFLOP/s.
     """
     seconds, rate = run['seconds'], 1000 * run['pflops'] / run['seconds']
     return f'{seconds:.{max(0, 2 - int(math.log10(seconds)))}f} s, {rate:.{2 if rate < 10 else 0}f}'
@@ -181,10 +181,10 @@ def print_summary(paths, header, runs, s):
     if s['n']:
         print(f'mean tta_val_acc   {s["mean"]:.4f}')
     if s['n'] > 1:
-        print(f'std                {s["std"]:.4f}')
-        print(f'stderr             {s["stderr"]:.4f}')
+        print(f'std                {s["std"]:.5f}')
+        print(f'stderr             {s["stderr"]:.5f}')
         low, high = s['interval']
-        print(f"95% interval       {low:.4f} to {high:.4f}  (of the mean, Student's t)")
+        print(f"95% interval       {low:.5f} to {high:.5f}  (of the mean, Student's t)")
     if s['n']:
         fastest = s['fastest']['seconds']
         print(f'seconds            {s["seconds"]:.2f} in the mean, {fastest:.2f} the fastest')
@@ -218,8 +218,8 @@ def main(arguments=None):
         print_summary(*one, summary)
         print()
     if test:
-        print(f'difference         {test["difference"]:+.4f}  (the first less the second)')
-        print(f'95% interval       {test["interval"][0]:+.4f} to {test["interval"][1]:+.4f}')
+        print(f'difference         {test["difference"]:+.5f}  (the first less the second)')
+        print(f'95% interval       {test["interval"][0]:+.5f} to {test["interval"][1]:+.5f}')
         print(
             f"Welch's t-test     t {test['t']:.3f}, {test['df']:.2f} degrees of freedom, "
             f'p {test["p"]:.2g}'

@@ -217,6 +217,15 @@ def main():
     for file in (Path(args.data, 'train.pt'), Path(args.data, 'test.pt')) if args.data else ():
         if not file.exists():
             parser.error(f'there is no {file}')
+    for file in (args.script, args.against):
+        if file and not (file.suffix == '.py' and file.is_file()):
+            parser.error(f'there is no script {file}')
+    if args.json and not args.json.resolve().parent.is_dir():
+        parser.error(f'there is no folder for {args.json}')
+    try:
+        torch.empty(1, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f'no device {args.device}: {str(error).splitlines()[0]}')
     module, device = load(args.script.resolve()), torch.device(args.device)
     if args.size != 32 and 'sizes' not in module.hyp:
         parser.error(f'{args.script.stem} has no --size but 32')
@@ -274,7 +283,9 @@ def main():
     summary = {}
     for name in dict.fromkeys(name for times in rounds for name in times):
         values = [times[name] for times in rounds if name in times]
-        low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+        low = median = high = values[0]
+        if len(values) > 1:
+            low, median, high = statistics.quantiles(values, n=4, method='inclusive')
         target = TARGETS.get(name, '')
         target = target.get(args.script.stem, '') if isinstance(target, dict) else target
         summary[name] = dict(median=median, quartiles=(low, high))

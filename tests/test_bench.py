@@ -54,7 +54,12 @@ def test_what_bounds_a_step(small, tmp_path, tiny, bench):
             times[name] > 0
             for name in ('step', 'convolutions', 'float32 step', 'loader', 'lookahead')
         )
-    median = statistics.median(times['step / convolutions'] for times in steps)
+    ratios = [times['step / convolutions'] for times in steps]
+    median = statistics.median(ratios)
+    low, high = log['summary']['step / convolutions']['quartiles']
+    assert min(ratios) <= low <= median <= high <= max(ratios)
+    once = [times['evaluation'] for times in log['rounds'] if 'evaluation' in times]
+    assert log['summary']['evaluation']['quartiles'] == 2 * once and len(once) == 1
     assert log['summary']['step / convolutions']['median'] == median
     (printed,) = [line for line in out.splitlines() if line.startswith('step / convolutions ')]
     assert f' {median:.3f} ' in printed
@@ -75,6 +80,10 @@ def test_its_faults(small, tmp_path, monkeypatch, capsys):
         (('--rounds', 2), '--rounds'),
         (('--data', tmp_path), 'train.pt'),
         (('--size', 24), '--size'),
+        (('--against', tmp_path / 'none.py'), 'there is no script'),
+        (('--against', ROOT / 'README.md'), 'there is no script'),
+        (('--json', tmp_path / 'none' / 'a.json'), 'there is no folder for'),
+        (('--device', 'cuda'), 'no device cuda'),
     ):
         monkeypatch.setattr(sys, 'argv', ['bench_step.py', str(small), *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:

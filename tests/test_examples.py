@@ -1,6 +1,7 @@
 """examples/, scaled down."""
 
 import json
+import re
 import runpy
 import signal
 import sys
@@ -191,6 +192,10 @@ def test_optimizers(tmp_path, monkeypatch, small, capsys):
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[0] for line in lines] == ['sgd', 'muon', 'adamw']
     assert all('n 2, mean 0.' in line and '95% interval' in line for line in lines)
+    words = ['--runs', 1, '--folder', tmp_path / 'one', *FLAGS]
+    assert run_example('optimizers', words, monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert all(re.fullmatch(r'\w+ +n 1, mean 0\.\d{4}', line) for line in lines)
     losses = [summarize.read_logs([tmp_path / f'optimizer_{name}.jsonl'])[1][0]['train_loss']
               for name in ('sgd', 'muon', 'adamw')]  # fmt: skip
     assert len({loss for (loss,) in losses}) == 3  # of the second step, after one of each

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -13,6 +14,7 @@ import tarfile
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -198,12 +200,32 @@ def test_there_are_no_trials_for_96(run, capsys):
     assert 'search instead' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('stage', ('trials', 'search'))
-def test_data_that_cannot_be_read_start_nothing(stage, run, data, monkeypatch, capsys):
+@pytest.mark.parametrize('stage', ('runs', 'trials', 'search'))
+def test_data_that_cannot_be_read_start_nothing(stage, run, data, tmp_path, monkeypatch, capsys):
     monkeypatch.delattr(gpu, 'start_process')
-    with pytest.raises(SystemExit, match='2'):
-        run(stage, '--data', data / 'train.pt')
-    assert 'train.pt is a file' in capsys.readouterr().err
+    half = tmp_path / 'half'
+    half.mkdir()
+    shutil.copy(data / 'test.pt', half)
+    for folder, said in (
+        (data / 'train.pt', 'train.pt is a file'),
+        (half, 'there is no'),
+        (tmp_path / 'none', 'there is no folder'),
+    ):
+        with pytest.raises(SystemExit, match='2'):
+            run(stage, '--data', folder)
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / 'none').exists()
+
+
+def test_what_makes_no_sense_starts_nothing(run, data, monkeypatch, capsys):
+    monkeypatch.delattr(gpu, 'start_process')
+    for words, said in (
+        (['search', '--processes', 0], '--processes must be at least 1'),
+        (['bench', '--only', 'airbench97'], 'no command has airbench97 in its name'),
+    ):
+        with pytest.raises(SystemExit, match='2'):
+            run(*words, '--data', data)
+        assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_its_device_nothing_is_begun(monkeypatch, capsys):
@@ -215,12 +237,13 @@ def test_without_its_device_nothing_is_begun(monkeypatch, capsys):
 
 def test_the_search(run, data, tmp_path):
     words = '--data', data, '--processes', '2', '--runs', '8', '--seed', '7'
-    base, first, second, last = run('search', *words)
-    assert re.fullmatch(r'\d+\.\d\d ± \d+\.\d\d with no change, from 8 runs', base)
+    base, first, second, misses, last = run('search', *words)
+    assert re.fullmatch(r'\d+\.\d\d ± \d+\.\d\d with no change, estimated from all 8 runs', base)
     assert float(first.split()[0]) >= float(second.split()[0])
     for name in ('NorMuon', "Hiverge's Muon"):
         line = rf'[+-]\d+\.\d\d ± \d+\.\d\d by {name} \(\d runs\)'
         assert re.fullmatch(line, first) or re.fullmatch(line, second)
+    assert misses.startswith('of these 3 intervals')
     assert last.startswith('8 runs of 8 in ')
     out = logs(tmp_path, 'search')
     runs = [json.loads(line) for i in range(2)
@@ -457,7 +480,9 @@ def test_a_recipe_that_fails_does_not_end_the_search(
     queue, log = tmp_path / 'queue', tmp_path / 'log'
     good = gpu.shrunk(candidates.BASE_95)
     lines = [json.dumps(good | dict(seed=seed, act=act)) for seed, act in ((1, 'no'), (2, 'gelu'))]
-    queue.write_text('\n'.join(lines))
+    unknown, no_batch = good | dict(seed=3, muon_lrr=1), good | dict(seed=4, train_images=10)
+    lines = ['', '{', json.dumps(unknown), json.dumps(no_batch), *lines]
+    queue.write_text('\n'.join(lines) + '\n{"seed": 5')  # the last is being written
     monkeypatch.setattr(search, 'load', lambda root: None)
     monkeypatch.setattr(sys, 'argv', ['search.py', str(queue), str(log), 'absent'])
     monkeypatch.setattr(time, 'sleep', lambda seconds: sys.exit('waits for more lines'))
@@ -466,8 +491,28 @@ def test_a_recipe_that_fails_does_not_end_the_search(
     assert [json.loads(line)['seed'] for line in log.read_text().splitlines()] == [2]
     log.unlink()
     queue.write_text('\n'.join([*lines, 'end']))  # as gpu.py does
-    assert search.main() is None and len(log.read_text().splitlines()) == 1
-    assert "KeyError: 'no'" in capsys.readouterr().err
+    capsys.readouterr()
+    assert search.main() == 0 and len(log.read_text().splitlines()) == 1
+    err = capsys.readouterr().err
+    assert "KeyError: 'no'" in err and 'ValueError: base has no muon_lrr' in err
+    assert 'ValueError: there is no batch of 20 from 10 images' in err
+    assert re.findall(r'search: line (\d) of the queue is left out', err) == list('12345')
+
+
+@pytest.mark.parametrize('words, said', [
+    ([], 'give it QUEUE LOG DATA'),
+    (['none', 'log', 'synthetic'], 'none'),
+    (['queue', 'none/log', 'synthetic'], 'none/log'),
+    (['queue', 'log', 'queue'], 'queue is a file'),
+])  # fmt: skip
+def test_the_search_refuses_before_it_trains(search, monkeypatch, tmp_path, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    Path('queue').write_text('{"seed": 1}\nend\n')
+    monkeypatch.setattr(search, 'run', None)
+    monkeypatch.setattr(sys, 'argv', ['search.py', *words])
+    assert search.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('search: error: ') and said in line
 
 
 def test_a_design_tells_the_changes_apart(candidates):
@@ -516,12 +561,16 @@ def test_effects(candidates):
                          f'the first {len(names) + 2} of a queue do']  # fmt: skip
     of_few = candidates.effects('94', runs[: len(names) + 2], 'held_out', half=True)
     assert all(width < float('inf') for _, _, width, _ in of_few)
-    assert candidates.report('94', runs[-1:], 'held_out', True) == []
+    (none,) = candidates.report('94', runs[-1:], 'held_out', True)
+    assert none == 'no run is of this recipe and ended (without --half there may be some)'
+    other = dict(changes={}, selective=0.5)  # of all data, which has no held_out
+    assert candidates.effects('94', [*runs, other], 'held_out', half=True) == found
     runs.append(runs[0] | dict(held_out=0.1, diverged=True))
     runs[0]['diverged'] = False
     assert candidates.effects('94', runs, 'held_out', half=True) == found
-    first, second, *_ = candidates.report('94', runs, 'held_out', True)
-    assert first == '1 runs diverged and are left out' and second.endswith('from 64 runs')
+    first, second, *_, last = candidates.report('94', runs, 'held_out', True)
+    assert first == '1 runs diverged and are left out' and second.endswith('from all 64 runs')
+    assert last == f'of these {len(names) + 1} intervals one in twenty misses, by chance'
 
 
 def test_effects_of_several_logs(candidates, tmp_path, monkeypatch, capsys):
@@ -533,8 +582,13 @@ def test_effects_of_several_logs(candidates, tmp_path, monkeypatch, capsys):
     words = ['candidates.py', 'effects', '96', str(tmp_path / 'a'), str(tmp_path / 'b')]
     monkeypatch.setattr(sys, 'argv', words)
     candidates.main()
-    first, *changes = capsys.readouterr().out.splitlines()
-    assert first.endswith(' with no change, from 9 runs') and len(changes) == 6
+    first, *changes, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith(' with no change, estimated from all 9 runs') and len(changes) == 6
+    for line in ('no JSON', '{"type": "header"}', '[]'):
+        (tmp_path / 'a').write_text(line + '\n')
+        with pytest.raises(SystemExit, match='2'):
+            candidates.main()
+        assert 'these are not logs of search.py' in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_plans_know_each_script(tmp_path):

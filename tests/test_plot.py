@@ -87,7 +87,7 @@ def test_its_faults(tmp_path, capsys, logs):
     for files, word in (
         ([str(tmp_path / 'none')], 'No such file'),
         ([synthetic], 'synthetic'),
-        ([other], 'not a log'),
+        ([other], 'without PFLOPs'),
     ):
         assert plot.main([*files, '--out', str(tmp_path / 'out')]) == 2
         out, err = capsys.readouterr()
@@ -97,6 +97,12 @@ def test_its_faults(tmp_path, capsys, logs):
             and word in err
             and not (tmp_path / 'out').exists()
         )
+    with pytest.raises(SystemExit, match='2'):  # results/ keeps its figures
+        plot.main(logs)
+    assert '--out' in capsys.readouterr().err.splitlines()[-1]
+    mine = write_log(tmp_path / 'mine.jsonl', [a_run(0, [0.5], 0.9)], script='mine')
+    assert plot.main([mine, '--out', str(tmp_path / 'out')]) == 2
+    assert 'no log is of a script that is drawn: airbench94' in capsys.readouterr().err
     code = (
         'import sys; sys.modules["matplotlib"] = None; '
         f'sys.path[:0] = [{str(ROOT / "results")!r}]; '

@@ -595,7 +595,8 @@ def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatc
     program = str(RESULTS / 'search_95_muon' / 'views.py')
     monkeypatch.setattr('sys.argv', [program, 'synthetic', *[str(tmp_path / 'net.pt')] * 2])
     monkeypatch.setattr('sys.path', list(sys.path))
-    runpy.run_path(program, run_name='__main__')
+    with pytest.raises(SystemExit, match='0'):
+        runpy.run_path(program, run_name='__main__')
     rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
     assert len(rows) == 2 * (1 + 4 * 3 * 3) and rows[37:] == rows[:37]
     assert {row['seed'] for row in rows} == {1}
@@ -604,6 +605,12 @@ def test_views_tries_the_scripts_own_test_time_augmentation(tmp_path, monkeypatc
     own = found['the image and its mirror image', None, None], found['one pixel', 0.125, 2]
     assert own == pytest.approx(expected)
     assert len(set(found.values())) > 4  # other views, other accuracies
+    for words, said in ((['--help'], 'give it the folder'), (['synthetic', 'none'], 'no none')):
+        monkeypatch.setattr('sys.argv', [program, *words])
+        with pytest.raises(SystemExit, match='2'):
+            runpy.run_path(program, run_name='__main__')
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith('views: error: ') and said in line
 
 
 def test_each_log_is_explained():

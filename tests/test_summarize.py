@@ -81,9 +81,9 @@ def test_one_summary_over_several_logs(tmp_path, capsys):
         '4 runs in 2 logs',
         'n                  3\n',
         'acc   0.9400\n',
-        'std                0.0100\n',
-        '0.0058\n',
-        '0.9152 to 0.9648',
+        'std                0.01000\n',
+        '0.00577\n',
+        '0.91516 to 0.96484',
         '20.00 in the mean, 10.00 the fastest\n',
         '0.36\n',
         'fastest run        10.0 s, 36 TFLOP/s, a CPU\n',
@@ -190,8 +190,8 @@ def test_against(tmp_path, capsys):
     for line in (
         'mean tta_val_acc   0.9400\n',
         'mean tta_val_acc   0.9100\n',
-        'difference         +0.0300',
-        '-0.0308 to +0.0908\n',
+        'difference         +0.03000',
+        '-0.03085 to +0.09085\n',
         't 2.121, 2.00 degrees of freedom, p 0.17\n',
     ):
         assert line in out, line

@@ -9,7 +9,8 @@ half of the changes are on, so that every run tells something of each of them: 3
 16 changes as well as 32 runs would measure one (a fractional factorial design; D. C. Montgomery,
 "Design and Analysis of Experiments", chapter 8). That supposes that the effects add up. Fewer runs
 say less. The fewest that say anything are two more than there are changes, and the first of a queue
-are chosen so that these suffice.
+are chosen so that these suffice. But then a single run is left over to tell the scatter, and the
+intervals are wide: plan for ten more.
 
 queue prints lines for search.py, each run with its own seed. effects prints what each change added
 to the accuracy, by least squares, with 95% intervals; runs with other changes are left out, and so
@@ -173,7 +174,8 @@ def design(names, n_runs, seed):
     columns are those whose number has an odd count of ones in binary. So what two changes do
     together is not mistaken for what a third one does (resolution IV).
 
-    The first len(names) + 1 runs tell the changes apart, as well as so few can.
+    The first len(names) + 1 runs tell the changes apart. But in fewer than 32 runs, what two
+    changes do together can look like the work of a third.
     """
     odd = [column for column in range(32) if column.bit_count() % 2 == 1]
     matrix = linalg.hadamard(32)[:, odd[: len(names)]]
@@ -219,12 +221,11 @@ def effects(target, runs, value, half=False):
     are infinite where the runs are too few to tell the changes apart. Runs that diverged are left
     out, as their accuracy is that of chance.
     """
-    kept = [
-        (changes_on(target, run['changes'], half), 100 * run[value])
-        for run in runs
-        if not run.get('diverged')
-    ]
-    kept = [(on, accuracy) for on, accuracy in kept if on is not None]
+    kept = []
+    for run in runs:
+        on = changes_on(target, run['changes'], half)
+        if on is not None and not run.get('diverged'):
+            kept.append((on, 100 * run[value]))
     if not kept:
         return []
     names = [name for name in TARGETS[target][1] if any(name in on for on, _ in kept)]
@@ -249,6 +250,9 @@ def report(target, runs, value, half=False):
         lines.append(f'{n_diverged} runs diverged and are left out')
     found = effects(target, runs, value, half)
     if not found:
+        other = 'without' if half else 'with'
+        if runs:
+            lines.append(f'no run is of this recipe and ended ({other} --half there may be some)')
         return lines
     _, mean, width, n = found[0]
     if math.isinf(width):
@@ -258,9 +262,11 @@ def report(target, runs, value, half=False):
             f'the first {n_changes + 2} of a queue do'
         )
         return lines
-    lines.append(f'{mean:.2f} ± {width:.2f} with no change, from {n} runs')
+    lines.append(f'{mean:.2f} ± {width:.2f} with no change, estimated from all {n} runs')
     for name, effect, width, n in sorted(found[1:], key=lambda row: -row[1]):
         lines.append(f'{effect:+.2f} ± {width:.2f} by {name} ({n} runs)')
+    if len(found) > 1:
+        lines.append(f'of these {len(found)} intervals one in twenty misses, by chance')
     return lines
 
 
@@ -282,14 +288,19 @@ def main():
             command.add_argument('runs', type=int)
         else:
             command.add_argument('logs', metavar='LOG', nargs='+', type=argparse.FileType())
-            command.add_argument('--value', default='selective', help='or held_out')
+            accuracies = ('none', 'mirror', 'selective', 'held_out')
+            command.add_argument('--value', choices=accuracies, default='selective')
         command.add_argument('--half', action='store_true')
     args = parser.parse_args()
     if args.command == 'queue':
         print('\n'.join(queue(args.target, args.runs, args.seed, args.half)))
     else:
-        runs = [json.loads(line) for log in args.logs for line in whole_lines(log.read())]
-        print('\n'.join(report(args.target, runs, args.value, args.half)))
+        try:
+            runs = [json.loads(line) for log in args.logs for line in whole_lines(log.read())]
+            lines = report(args.target, runs, args.value, args.half)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            parser.error(f'these are not logs of search.py, or lack {args.value}: {error!r}')
+        print('\n'.join(lines))
 
 
 if __name__ == '__main__':

@@ -469,11 +469,21 @@ def lookahead_update(average, state, decay):
 
 
 def settings(changes):
-    """`base` and the changes, as a namespace. Each stage has its batch size."""
+    """
+    `base` and the changes, as a namespace. Each stage has its batch size.
+
+    Raises ValueError for a change of what `base` does not have, and for a batch of no images or of
+    more than there are.
+    """
+    unknown = sorted(changes.keys() - base.keys())
+    if unknown:
+        raise ValueError(f'base has no {", ".join(unknown)}')
     h = SimpleNamespace(**base | changes)
     h.stages = [[*stage, 2000][:4] for stage in h.stages]
     for stage in h.stages:
         stage[3] = round(h.batch_scale * stage[3])
+        if not 0 < stage[3] <= h.train_images:
+            raise ValueError(f'there is no batch of {stage[3]} from {h.train_images} images')
     return h
 
 
@@ -501,6 +511,8 @@ def run(changes, seed, save=None):
         )
     )
 
+    if save:
+        Path(save).parent.mkdir(parents=True, exist_ok=True)
     net = Net(h).to(DEVICE).train()
     filters = filters_of(net)
     biases = [p for name, p in net.named_parameters() if 'norm' in name and p.requires_grad]
@@ -634,28 +646,47 @@ def run(changes, seed, save=None):
     )
 
 
+def whole_lines(text):
+    """The lines of a queue, without a last one that is being written. An end needs no newline."""
+    lines = text.splitlines()
+    if lines and lines[-1] != 'end' and not text.endswith('\n'):
+        lines.pop()
+    return lines
+
+
 def main():
+    """The command line. Returns the exit code."""
     airbench94_muon.set_up_process(torch.device(DEVICE))
+    if len(sys.argv) != 4:
+        print('search: error: give it QUEUE LOG DATA', file=sys.stderr)
+        return 2
     queue, log, root = map(Path, sys.argv[1:])
-    load(root)
+    try:  # what would fail only after the first run, too
+        load(root)
+        queue.read_text()
+        open(log, 'a').close()
+    except (OSError, ValueError) as error:
+        print(f'search: error: {error}', file=sys.stderr)
+        return 2
     done = 0
     while True:
-        lines = queue.read_text().splitlines()
+        lines = whole_lines(queue.read_text())
         if done == len(lines):
             time.sleep(5)
             continue
         if lines[done] == 'end':
-            return
-        changes = json.loads(lines[done])
+            return 0
         done += 1
         try:
+            changes = json.loads(lines[done - 1])
             record = run(changes, changes.pop('seed'), changes.pop('save', None))
         except Exception:  # the next recipe may do
             traceback.print_exc()
+            print(f'search: line {done} of the queue is left out', file=sys.stderr)
             continue
         with open(log, 'a') as file:
             file.write(json.dumps(record) + '\n')
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -93,13 +93,22 @@ def try_views(net, seed, loader):
 
 
 def main():
-    folder, *networks = sys.argv[1:]
+    """The command line. Returns the exit code."""
+    folder, *networks = sys.argv[1:] or ['']
+    if not networks:
+        print('views: error: give it the folder of CIFAR-10 and files of --save', file=sys.stderr)
+        return 2
+    for network in networks:
+        if not Path(network).is_file():
+            print(f'views: error: there is no {network}', file=sys.stderr)
+            return 2
     airbench94_muon.set_up_process(torch.device('cpu'))
     loader = airbench94_muon.CifarLoader(folder, train=False, device='cpu')
     for network in networks:
         net, seed = load_net(network)
         try_views(net, seed, loader)
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())
