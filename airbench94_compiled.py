@@ -7,8 +7,8 @@ The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GP
 2404.00498), called "the paper" below. This is the recipe of airbench94.py to the letter. Its
 network is compiled by torch.compile, and each of its steps is one launch, by a CUDA graph: results
 have the same distribution, and come sooner on a GPU (the paper, section 3.7). On a CPU only the
-evaluation is compiled, and next to nothing is gained. Compiling is not timed. It needs a C++
-compiler and, on CUDA, Triton.
+evaluation is compiled, and next to nothing is gained. Compiling is not timed. For it a C++
+compiler, Python's headers (python3-dev) and, on CUDA, Triton must be there.
 
 It needs PyTorch 2.6 or newer, and torchvision to read CIFAR-10. The README has a trial of
 airbench94.py that downloads nothing. --help lists the options.
@@ -31,6 +31,7 @@ import shutil
 import signal
 import statistics
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -784,9 +785,10 @@ def captured_step(h, num_classes, device, dtype):
     values = repr((of_step, num_classes, device, dtype, optimizer))
     key = values, Net, make_optimizer, train_step
     if key not in captured_steps:
-        for old in captured_steps.values():
-            old.net.zero_grad()  # else the gradients keep memory of the old recordings
-        captured_steps.clear()
+        while captured_steps:
+            _, old = captured_steps.popitem()
+            old.net.zero_grad()  # else the gradients keep memory of the old recordings,
+            del old              # and so would this name while the new ones are made
         captured_steps[key] = CapturedStep(net, optimizer, h['label_smoothing'])
     captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
@@ -819,6 +821,10 @@ def what_compiling_lacks(device):
                 'set $CXX to its name')
     if device.type == 'cuda' and importlib.util.find_spec('triton') is None:
         return 'torch.compile needs Triton on CUDA, and it is not installed: install it'
+    header = Path(sysconfig.get_path('include'), 'Python.h')
+    if sys.platform == 'linux' and not header.exists():
+        return (f'torch.compile needs the headers of Python, and there is no {header}: install '
+                'python3-dev')
     return None
 
 

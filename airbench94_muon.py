@@ -3,7 +3,7 @@ Trains a network to 94% test accuracy on CIFAR-10.
 
 94.16% in the mean of 16 runs of 1.53 s on an NVIDIA H200; 0.19 PFLOPs a run (results/README.md).
 On that GPU the first start takes 112 s until the first run, as it compiles, and later ones 41 to
-45 s. Compiling needs a C++ compiler and, on CUDA, Triton.
+45 s. Compiling needs a C++ compiler, Python's headers (python3-dev) and, on CUDA, Triton.
 
 The method is that of K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv
 2404.00498), called "the paper" below. Relative to airbench94.py:
@@ -42,6 +42,7 @@ import shutil
 import signal
 import statistics
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -1025,9 +1026,10 @@ def captured_step(h, num_classes, device, dtype):
     values = repr((of_step, num_classes, device, dtype, optimizer))
     key = values, Net, make_optimizer, train_step
     if key not in captured_steps:
-        for old in captured_steps.values():
-            old.net.zero_grad()  # else the gradients keep memory of the old recordings
-        captured_steps.clear()
+        while captured_steps:
+            _, old = captured_steps.popitem()
+            old.net.zero_grad()  # else the gradients keep memory of the old recordings,
+            del old              # and so would this name while the new ones are made
         captured_steps[key] = CapturedStep(net, optimizer, h['label_smoothing'])
     captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
@@ -1060,6 +1062,10 @@ def what_compiling_lacks(device):
                 'set $CXX to its name')
     if device.type == 'cuda' and importlib.util.find_spec('triton') is None:
         return 'torch.compile needs Triton on CUDA, and it is not installed: install it'
+    header = Path(sysconfig.get_path('include'), 'Python.h')
+    if sys.platform == 'linux' and not header.exists():
+        return (f'torch.compile needs the headers of Python, and there is no {header}: install '
+                'python3-dev')
     return None
 
 
@@ -1203,8 +1209,9 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
                 time_seconds=seconds,
                 steps=step,
             )
-            if h['compile'] and epoch == 0:
-                # Compiles what the final evaluation needs, while the clock stands still.
+            if h['compile'] and epoch in (0, math.ceil(h['whiten_bias_epochs'])):
+                # Compiles what the final evaluation needs, while the clock stands still: with the
+                # whitening bias trained, and again with it frozen.
                 evaluate(net, test_loader, h['tta_level'], mirror)
             stop = report(row, net, state, verbose, callback)
         if not all(tensor.isfinite().all() for tensor in state):

@@ -19,6 +19,7 @@ COMPILING = {
     'import functools',
     'import importlib.util',
     'import shutil',
+    'import sysconfig',
     'import threading',
     'from contextlib import contextmanager, nullcontext, suppress',
     'from contextlib import nullcontext, suppress',
@@ -60,7 +61,7 @@ OWN = {
     },
 }
 # Of the diff.
-MOST_LINES = dict(airbench94_muon=850, airbench95=20, airbench96=60, airbench94_compiled=380)
+MOST_LINES = dict(airbench94_muon=870, airbench95=20, airbench96=60, airbench94_compiled=390)
 # The lines of airbench94.py's train, warmup, merge, run_once and parse_arguments that the scripts
 # which compile do not have as they stand there.
 LEFT_OUT = dict(

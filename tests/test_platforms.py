@@ -72,6 +72,16 @@ def test_compiling_for_cuda_without_triton(monkeypatch):
     assert 'Triton' in message
 
 
+def test_compiling_without_the_headers_of_python(main, monkeypatch, tmp_path):
+    """As on Debian without python3-dev."""
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    monkeypatch.setattr(shutil, 'which', lambda name: name)
+    monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path / name))
+    code, out, err = main('airbench94_compiled')
+    assert code == 2 and out == '' and len(err.splitlines()) == 1
+    assert f'there is no {tmp_path / "include" / "Python.h"}' in err and 'python3-dev' in err
+
+
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_macos_without_float64_and_bfloat16(main, script, monkeypatch):
     """As MPS, as far as a CPU can show: a tensor of these dtypes is an error."""

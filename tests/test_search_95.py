@@ -1,5 +1,7 @@
 """What results/search_95_muon/airbench95_muon.diff makes of airbench94_muon.py."""
 
+import copy
+import importlib
 import importlib.util
 import re
 import shlex
@@ -189,10 +191,34 @@ def test_values_that_make_no_sense_are_refused(script, options):
         script.merge(options)
 
 
-def test_a_loader_that_cannot_leave_images_out_is_refused(script):
-    loader = loader_of(airbench94_muon, 60, batch_size=20)
+def test_loaders_that_do_not_fit_are_refused(script):
+    """To test on, that of another script will do."""
+    other = loader_of(airbench94_muon, 60, batch_size=20)
     with pytest.raises(TypeError, match='CifarLoader of this script.*airbench94_muon.CifarLoader'):
-        script.train(loader, **small())
+        script.train(other, **small())
+    loader = loader_of(script, 60, batch_size=20)
+    script.train(loader, other, epochs=1, callback=lambda net, row: None, **small())
+    with pytest.raises(TypeError, match='test_loader must be a CifarLoader'):
+        script.train(loader, [], epochs=1, callback=lambda net, row: None, **small())
+    loader.skipped = torch.zeros(50, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r'a mask of the 60 images, not \(50,\)'):
+        next(iter(loader))
+
+
+def test_copies_of_a_loader_mirror_on_their_own(script):
+    loader = loader_of(script, 40, batch_size=40, aug=dict(flip=True), shuffle=False)
+    ((first, _),) = loader
+    ((other, _),) = copy.copy(loader)
+    ((second, _),) = loader
+    assert torch.equal(other, second) and not torch.equal(first, second)
+
+
+def test_images_left_out_leave_no_smaller_last_batch(script):
+    """Which would be compiled anew in each epoch."""
+    loader = loader_of(script, 50, batch_size=20, drop_last=False)
+    assert [len(inputs) for inputs, _ in loader] == [20, 20, 10]
+    loader.skipped = torch.arange(50) < 3
+    assert [len(inputs) for inputs, _ in loader] == [20, 20]
 
 
 def test_compiled_it_trains_alike(script, monkeypatch):
