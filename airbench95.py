@@ -202,8 +202,10 @@ class CifarLoader:
             key: hashlib.sha256(data[key].contiguous().numpy()).hexdigest()
             for key in ('images', 'labels')
         }
-        # (N, 32, 32, 3) in memory is what PyTorch calls channels_last: permute moves nothing.
-        self.images = data['images'].to(device).permute(0, 3, 1, 2).float().div_(255)
+        # (N, 32, 32, 3) in memory is what PyTorch calls channels_last: permute moves nothing. The
+        # images that torchvision reads are not in that order yet.
+        images = data['images'].contiguous().to(device)
+        self.images = images.permute(0, 3, 1, 2).float().div_(255)
         self.labels = data['labels'].to(device)
         self.classes = data['classes']
         self.mean = torch.tensor(CIFAR_MEAN, device=device)

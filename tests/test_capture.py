@@ -324,10 +324,11 @@ def test_the_final_evaluation_compiles_nothing(module, tiny, monkeypatch):
 
     for epochs in (1, 3):  # the second time the whitening bias is frozen in the end
         graphs.clear()
+        before = counters['stats']['unique_graphs']
         options = dict(SMALL, epochs=epochs, whiten_bias_epochs=1.5)
         module.train(loader_of(module, tiny), compile=True, callback=callback, **options)
         forget_compiled()
-        assert len(graphs) == epochs + 1 and graphs[-2] == graphs[-1] > 0
+        assert len(graphs) == epochs + 1 and graphs[-2] == graphs[-1] > before
 
 
 @MODULES
@@ -360,6 +361,15 @@ def test_nothing_recorded_before_is_kept_while_more_is_recorded(
     monkeypatch.setattr(module.CapturedStep, 'record', watched)
     module.train(loader, **options | dict(widths=(8, 8, 12)))
     assert len(kept) > 1 and not any(kept)
+
+
+@MODULES
+def test_another_number_of_classes(module, tiny, passed_through):
+    loader = loader_of(module, tiny)
+    for n in (10, 12):
+        loader.classes = [str(i) for i in range(n)]
+        net = module.train(loader, epochs=1, compile=True, **SMALL)
+        assert net.linear.out_features == n
 
 
 @MODULES

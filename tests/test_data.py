@@ -146,6 +146,8 @@ def test_augmentation_can_be_turned_on_later(tiny):
     [
         (dict(aug=dict(flip=True, rotate=3)), 'aug can have flip and translate, .* not .*rotate'),
         (dict(aug=dict(cutout=12)), 'aug can have flip and translate, .* not .*cutout'),
+        (dict(aug=dict(translate=32)), 'from 0 to 31, not .*32'),
+        (dict(aug=dict(translate=-1)), 'from 0 to 31, not .*-1'),
         (dict(batch_size=1101), 'batch of 1101 from 1100 images'),
         (dict(batch_size=0), 'batch of 0'),
     ],
@@ -246,12 +248,16 @@ def test_changes_of_hyp_change_train(tiny, iterated, monkeypatch):
     assert rates == [1.0, 2.0]
 
 
-def test_infer_keeps_the_order_of_the_images(tiny):
-    loader = CifarLoader(tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2))
+@pytest.mark.parametrize('module', [airbench94, airbench94_muon], ids=lambda m: m.__name__)
+def test_infer_keeps_the_order_of_the_images(module, tiny):
+    loader = module.CifarLoader(tiny, train=True, batch_size=100, aug=dict(flip=True, translate=2))
+    loader.images = loader.images.repeat(2, 1, 1, 1)  # more than one batch of an evaluation
+    loader.images[1100:] *= 0.5
     brightness = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 1, bias=False))
     torch.nn.init.ones_(brightness[1].weight)
     expected = loader.normalize(loader.images).flatten(1).sum(1)
-    torch.testing.assert_close(infer(brightness, loader)[:, 0], expected, rtol=1e-3, atol=1e-2)
+    found = module.infer(brightness, loader)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize('module', [airbench94, airbench94_muon], ids=lambda m: m.__name__)

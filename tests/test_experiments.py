@@ -60,13 +60,12 @@ def test_a_callback_that_changes_the_tensors_of_the_network(module, epoch, tiny)
             module.train(loader_of(module, tiny), **options)
 
 
-@EACH_TRAIN
+@pytest.mark.parametrize('module', [airbench94, airbench94_muon], ids=lambda m: m.__name__)
 def test_a_callback_that_adds_to_the_network(module, tiny):
     """A module that is kept in an attribute is part of the network, and of no training."""
 
     def callback(net, row):
-        if module is not airbench94_compiled:  # whose network is one of all trainings
-            net.best = copy.deepcopy(net.linear)
+        net.best = copy.deepcopy(net.linear)
 
     first, second = (
         module.train(loader_of(module, tiny), epochs=2, seed=1, callback=each, **SMALL)

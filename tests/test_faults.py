@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EACH_TRAIN, FLAGS, ROOT, small, write_split
+from test_cli import Intruder
 from test_summarize import summarize
 
 import airbench
@@ -57,7 +58,7 @@ def test_a_network_whose_run_was_not_logged_is_made_again(main):
     assert main(airbench94, '--save', 'nets')[0] == 0 and logged_seeds() == [0]
 
 
-def test_a_network_of_the_same_recipe_in_other_words_is_overwritten(main, monkeypatch):
+def test_a_network_of_the_same_recipe_in_other_words_is_accepted(main, monkeypatch):
     """A list for a tuple, and from before a hyperparameter was added, as for logs."""
     assert main(airbench94, '--save', 'nets', '--widths', '(8, 8, 8)')[0] == 0
     before = Path('nets/airbench94-seed0.pt').read_bytes()
@@ -74,7 +75,7 @@ def test_a_logged_run_without_its_network_is_said(main):
     assert os.listdir('nets') == ['airbench94-seed2.pt'] and logged_seeds() == [0, 1, 2]
 
 
-@pytest.mark.parametrize('change', ['recipe', 'data', 'seed', 'text'])
+@pytest.mark.parametrize('change', ['recipe', 'data', 'seed', 'text', 'code'])
 def test_another_file_is_not_overwritten(main, change, tmp_path):
     file = Path('nets/airbench94-seed1.pt')
     if change == 'recipe':
@@ -86,6 +87,9 @@ def test_another_file_is_not_overwritten(main, change, tmp_path):
     elif change == 'seed':
         assert main(airbench94, '--seed', 0, '--save', 'nets')[0] == 0
         Path('nets/airbench94-seed0.pt').rename(file)
+    elif change == 'code':
+        file.parent.mkdir()
+        torch.save(Intruder(), file)
     else:
         file.parent.mkdir()
         file.write_text('notes')
@@ -94,7 +98,7 @@ def test_another_file_is_not_overwritten(main, change, tmp_path):
     code, out, err = main(airbench94, '--seed', 1, '--save', 'nets')
     assert code == 2 and out == '' and f'{file} is not a network of this recipe' in err
     assert '--save' in err and len(err.splitlines()) == 1 and file.read_bytes() == before
-    assert not Path('log.jsonl').exists()
+    assert not Path('log.jsonl').exists() and not Path('INTRUDED').exists()
 
 
 def test_a_log_that_is_refused_is_all_that_is_said(main):
@@ -300,6 +304,19 @@ def test_more_ranks_than_gpus(main, monkeypatch):
     assert used == [1]
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_half_precision_on_a_macs_gpu_is_refused(main, monkeypatch, dtype):
+    def loader(*args, device, **options):
+        return CifarLoader(*args, device='cpu', **options)
+
+    h = airbench94.hyp | dict(batch_size=100)
+    args = SimpleNamespace(h=h, device=torch.device('mps'), data=None, log=None, dtype=dtype)
+    monkeypatch.setattr(airbench94, 'CifarLoader', loader)
+    monkeypatch.setattr(airbench94, 'parse_arguments', lambda: args)
+    code, out, err = main(airbench94)
+    assert code == 2 and out == '' and f'dtype {dtype} is missing or far too slow on mps' in err
+
+
 def test_the_compute_of_a_diverged_run_is_what_ran(main, monkeypatch):
     assert main(airbench94, '--epochs', 3, '--scaling_factor', 1e90)[0] == 0
     run = json.loads(Path('log.jsonl').read_text().splitlines()[-1])
@@ -310,6 +327,12 @@ def test_the_compute_of_a_diverged_run_is_what_ran(main, monkeypatch):
     hyp = airbench94_muon.hyp
     small = airbench94_muon.count_pflops(hyp | dict(sizes=((22, 1.0),)), 10, 0)
     assert airbench94_muon.count_pflops(hyp, 10, 0, total_steps=100) == small
+    words = ('--epochs', 3, '--batch_size', 10, '--scaling_factor', 1e90)
+    assert main(airbench94_muon, *words, log='muon.jsonl')[0] == 0
+    run = json.loads(Path('muon.jsonl').read_text().splitlines()[-1])
+    assert run['diverged'] and run['steps'] == [11]
+    h = hyp | dict(widths=(8, 8, 8), batch_size=10)
+    assert run['pflops'] == airbench94_muon.count_pflops(h, 11, 0, total_steps=33)
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -511,14 +534,17 @@ def test_a_fault_of_the_program_shows_its_traceback(main, monkeypatch, at):
 def test_a_second_compiled_training_at_once_is_refused(module, one_batch, monkeypatch):
     """In a thread beside the first, which waits for the outcome."""
     loader = module.CifarLoader(one_batch, batch_size=50)
-    options = dict(SMALL, epochs=1, compile=True)
+    options = dict(SMALL, epochs=1)
+    if not module.hyp['compile']:
+        options['compile'] = True
     outcome = []
 
     def second():
-        try:
-            module.train(loader, **options)
-        except RuntimeError as error:
-            outcome.append(str(error))
+        for changes in ({}, dict(compile=False)):
+            try:
+                module.train(loader, **options | changes)
+            except (RuntimeError, KeyboardInterrupt) as error:
+                outcome.append(str(error))
 
     def first_needs_an_optimizer(net, h):
         if threading.current_thread() is threading.main_thread():
@@ -531,7 +557,8 @@ def test_a_second_compiled_training_at_once_is_refused(module, one_batch, monkey
     for _ in range(2):  # the first, though it failed, does not lock out the next
         with pytest.raises(KeyboardInterrupt):
             module.train(loader, **options)
-    assert len(outcome) == 2 and 'one compiled network' in outcome[0]
+    assert len(outcome) == 4 and 'one compiled network' in outcome[0]
+    assert outcome[1] == ''  # one that is not compiled began
 
 
 def test_infer_of_airbench94_muon(one_batch):

@@ -329,6 +329,10 @@ def test_lookahead_in_the_last_steps_only(tiny, monkeypatch, lr_tail):
         ('sizes', ((11, 0.1),)),
         ('sizes', ((24.0, 0.4),)),
         ('sizes', ((24, math.nan),)),
+        ('sizes', (24, 0.4)),
+        ('sizes', 24),
+        ('sizes', ((24, 1.5),)),
+        ('sizes', ((24, -0.5),)),
         ('lr_tail', 1.0),
         ('lookahead_every', 0),
         ('lookahead_decay', 1.5),
@@ -405,6 +409,10 @@ def test_pflops_are_those_of_a_whole_run(tiny, monkeypatch):
         == 3 * counts['training'] + counts['evaluation'] + counts['muon']
     )
     assert count_pflops(h, 20, 0) * 1e15 == 3 * counts['training'] + counts['muon']
+    tested = [count_pflops(h | dict(tta_level=level), 0, 96) for level in (0, 1, 2)]
+    assert tested == [tested[0], 2 * tested[0], 4 * tested[0]]
+    assert count_pflops(h | dict(tta_level=0, aug={}), 0, 96) == tested[0] > 0
+    assert count_pflops(h | dict(tta_level=1, aug={}), 0, 96) == tested[0]
 
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16))

@@ -116,9 +116,14 @@ def test_learning_rates_and_weight_decays():
     }
 
 
-def test_momentum_may_be_0():
-    group, _ = make_optimizer(Net(), hyp | dict(momentum=0.0)).param_groups
-    assert group['lr'] == pytest.approx(64 * 11.5 / 2048) and not group['nesterov']
+@pytest.mark.parametrize('script', [airbench94, airbench94_muon], ids=lambda m: m.__name__)
+def test_momentum_may_be_0(script):
+    h = script.hyp | dict(momentum=0.0)
+    made = script.make_optimizer(script.Net(), h)
+    sgd = made[0] if isinstance(made, list) else made
+    group = sgd.param_groups[0]
+    assert group['lr'] == pytest.approx(h['bias_scaler'] * h['lr'] / 2048)
+    assert not group['nesterov']
 
 
 def test_lr_factor():

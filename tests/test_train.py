@@ -564,3 +564,14 @@ def test_the_first_losses_on_the_real_data(real, monkeypatch):
     loader = CifarLoader(real, train=True, batch_size=128, aug=hyp['aug'], device='cpu')
     train(loader, epochs=6 / 40, lr=46, seed=1, dtype=torch.float32, verbose=False)
     assert losses == pytest.approx([2.31850, 2.29835, 2.28547, 2.29866, 2.22748, 2.19030], rel=2e-3)
+
+
+@EACH_TRAIN
+def test_the_first_5000_images_decide_the_whitening(module, tiny, monkeypatch):
+    seen = []
+    loader = tiny_loader(tiny)
+    loader.images = loader.images.repeat(50, 1, 1, 1)
+    loader.labels = loader.labels.repeat(50)
+    monkeypatch.setattr(module, 'init_whitening', lambda net, images: seen.append(images))
+    module.train(loader, **small(module, epochs=1e-9, verbose=False))  # a step
+    assert torch.equal(seen[0], loader.normalize(loader.images[:5000]))
