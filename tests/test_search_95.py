@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import CIFAR10, ROOT
 
 import airbench94_muon
 
@@ -152,6 +153,19 @@ def test_it_leaves_out_the_images_that_had_the_least_loss(script, monkeypatch):
             assert len(trained) == (~easy).sum() // 10 * 10
         before = easy
     assert left_out[0][1].sum() == share * n
+
+
+def test_its_run_follows_from_its_log(script):
+    (header,), (run,) = script.read_log(FOLDER / 'script.jsonl')
+    page = (FOLDER / 'README.md').read_text()
+    (row,) = re.findall(r'^\| (.*) \| \[by the script\]\(script.jsonl\) \|$', page, re.MULTILINE)
+    assert header['script'] == 'airbench95_muon' and header['data'] == CIFAR10
+    assert header['hyperparameters'] == json.loads(json.dumps(script.hyp))
+    accuracy = f'{100 * run["tta_val_acc"]:.2f}'
+    cells = [f'{run["pflops"]:.2f}', accuracy, '', '1', str(run['seed']), 'AMD EPYC, AVX2']
+    assert [cell.strip() for cell in row.split('|')] == cells
+    assert header['device'] == 'AMD EPYC (AVX2)'
+    assert run['pflops'] == script.count_pflops(script.hyp, run['steps'][-1], 10_000)
 
 
 def test_the_easy_images_are_those_of_the_least_loss(script):
