@@ -1267,6 +1267,10 @@ def warmup(train_loader=None, test_loader=None, *, net=None, seed=None, device=N
     overrides |= dict(epochs=2, whiten_bias_epochs=1)
     if not h['compile']:
         overrides |= dict(lr=1e-3, weight_decay=0)
+        # Two epochs at each size of the images. Compiled steps are recorded at all sizes anyway.
+        sizes = image_sizes(h)
+        ends = [(size, (i + 1) / len(sizes)) for i, size in enumerate(sizes)]
+        overrides |= dict(epochs=2 * len(sizes), sizes=ends)
     # The callback makes it evaluate, so that the evaluation is warm too.
     with suppress(FloatingPointError):  # if it diverges, the run itself is to say so
         train(loader, test_loader, device=device, dtype=dtype, verbose=False,

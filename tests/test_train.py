@@ -438,9 +438,9 @@ def trained_by_warmup(module, monkeypatch, *args, **options):
     )
     module.warmup(*args, **uncompiled(module) | options)
     (((loader, test_loader), options),) = calls
-    assert {name: options[name] for name in ('epochs', 'whiten_bias_epochs')} == dict(
-        epochs=2, whiten_bias_epochs=1
-    )
+    # airbench94_muon.py's images have several sizes, each of which gets as many epochs.
+    n_sizes = 1 if options.get('compile') else len(options.get('sizes', [32]))
+    assert options['epochs'] == 2 * n_sizes and options['whiten_bias_epochs'] == 1
     assert not options['verbose'] and options['callback'](None, {}) is None
     return loader, options | dict(test_loader=test_loader)
 
@@ -520,6 +520,19 @@ def test_warmup_sees_the_smaller_last_batch(module, tiny, monkeypatch):
     loader = CifarLoader(tiny, True, 200, drop_last=False, **options)
     trained, _ = trained_by_warmup(module, monkeypatch, loader, batch_size=300)
     assert [len(labels) for labels in trained.labels.split(300)] == [300, 300, 300, 200]
+
+
+def test_warmup_sees_all_sizes_of_the_images(tiny, monkeypatch):
+    """At each size a whole epoch, with its smaller last batch."""
+    module = airbench94_muon
+    loader = CifarLoader(tiny, True, 200, dict(flip=True), drop_last=False, device='meta')
+    sizes = dict(sizes=((16, 0.1), (20, 0.95)))
+    trained, options = trained_by_warmup(module, monkeypatch, loader, **sizes)
+    steps = options['epochs'] * len(trained)
+    seen = [module.image_size(step, steps, options) for step in range(steps)]
+    assert seen == sorted(2 * len(trained) * [16, 20, 32])
+    trained, options = trained_by_warmup(module, monkeypatch, loader, **sizes, compile=True)
+    assert options['epochs'] == 2 and options['sizes'] == sizes['sizes']
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='there is a GPU')
