@@ -191,8 +191,8 @@ class CifarLoader:
 
     Attributes can be replaced: for a subset images, float (N, 3, 32, 32) from 0 to 1, and labels,
     int64 (N,); for other data also mean and std, three numbers each, and classes, a list of names.
-    Raises ValueError for what does not fit together. What copy.copy makes of a loader shares its
-    tensors and its aug: assign new ones, and change none in place.
+    Raises ValueError for what does not fit together. A copy by copy.copy shares the tensors and the
+    aug of the loader: assign new ones to it, and change none in place.
 
     For an augmentation of your own, override __iter__, and change the inputs that
     super().__iter__() yields.
@@ -1210,7 +1210,7 @@ def parse_arguments():
 def main():
     """The command line. Returns the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130))  # prints the summary
+        signal.signal(number, lambda *_: sys.exit(130))  # a summary, no traceback
     script = Path(__file__).stem
     # torchrun starts a process for each device, which takes its share of the seeds.
     rank = int(os.environ.get('RANK', 0))

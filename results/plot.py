@@ -158,7 +158,7 @@ def main(arguments=None):
         '--out', type=Path, default=HERE, metavar='FOLDER', help='(default: results/)'
     )
     args = parser.parse_args(arguments)
-    if args.logs and args.out == HERE:
+    if args.logs and args.out.resolve() == HERE.resolve():
         parser.error('name a folder with --out: the figures in results/ are of the logs there')
     try:
         import matplotlib

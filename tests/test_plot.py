@@ -98,7 +98,7 @@ def test_its_faults(tmp_path, capsys, logs):
             and not (tmp_path / 'out').exists()
         )
     with pytest.raises(SystemExit, match='2'):  # results/ keeps its figures
-        plot.main(logs)
+        plot.main([*logs, '--out', str(ROOT / 'tests' / '..' / 'results')])
     assert '--out' in capsys.readouterr().err.splitlines()[-1]
     mine = write_log(tmp_path / 'mine.jsonl', [a_run(0, [0.5], 0.9)], script='mine')
     assert plot.main([mine, '--out', str(tmp_path / 'out')]) == 2

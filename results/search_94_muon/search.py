@@ -7,14 +7,14 @@ as it ends.
 DATA is what the scripts take for --data.
 
 A line of QUEUE is a JSON object, what is changed of `base` below, and "seed". Lines may be added
-while it runs, and it waits for them until it is stopped or a line says end. Started again, it
-begins with the first line: give it a queue of what is left. A line of LOG is a run: changes, seed,
-steps, PFLOPs (training, optimiser and test-time augmentation) and the accuracy without test-time
-augmentation, with the mirrored pair, and with `selective`: for the tta_share of the images that the
-pair leaves least sure, all nine one-pixel translations, mirrored. `budget`, in PFLOPs, sets the
-number of steps. With `train_images` below 50,000 there is `held_out` too, the accuracy of the other
-images with the mirrored pair. `diverged` is a run whose loss is not finite in the end, and whose
-accuracy says nothing. With "save" the trained weights go to a file of that name.
+while it runs, each with its newline, and it waits for them until it is stopped or a line says end.
+Started again, it begins with the first line: give it a queue of what is left. A line of LOG is a
+run: changes, seed, steps, PFLOPs (training, optimiser and test-time augmentation) and the accuracy
+without test-time augmentation, with the mirrored pair, and with `selective`: for the tta_share of
+the images that the pair leaves least sure, all nine one-pixel translations, mirrored. `budget`, in
+PFLOPs, sets the number of steps. With `train_images` below 50,000 there is `held_out` too, the
+accuracy of the other images with the mirrored pair. `diverged` is a run whose loss is not finite in
+the end, and whose accuracy says nothing. With "save" the trained weights go to a file of that name.
 """
 
 import json
