@@ -24,7 +24,7 @@ process for each, as times are not asked for, and their accuracies are printed.
 The search trains what search_94_muon/candidates.py has for --target, --processes at a time, and is
 stopped when its seconds are over. It prints what each change added to the accuracy, for which there
 must be two more runs than changes, and better ten more than that. For 96% a run has 2.2 PFLOPs, and
-three at a time take 46 seconds at 145 TFLOP/s: 420 seconds are for some 24 runs, and 8 are needed.
+three at a time take 46 seconds at 145 TFLOP/s: 420 seconds are for some 24 runs, and 10 are needed.
 Those that have not ended by then are lost: at worst one of each process, as the runs are alike. For
 95% 18 are needed, of 0.45.
 
@@ -507,9 +507,17 @@ def search(args):
 def shrunk(changes):
     """A recipe that trains 60 images on a tiny network for a second."""
     stages = [[*stage, 20] for stage in changes['stages']]
-    return changes | dict(
-        budget=9.5e-5, train_images=60, mids=[8, 8, 8], widths=[8, 8, 8], stages=stages
+    tiny = dict(
+        budget=5.5e-5,
+        tta_share=0.0,
+        train_images=60,
+        mids=[8, 8, 8],
+        widths=[8, 8, 8],
+        stages=stages,
     )
+    if 'proxy' in changes:
+        tiny['proxy'] = [[8, 8, 8], *changes['proxy'][1:]]
+    return changes | tiny
 
 
 # ----------------------------------------------- Main ---------------------------------------------
