@@ -254,6 +254,13 @@ def test_the_search(run, data, tmp_path):
         assert each['diverged'] is False
 
 
+@pytest.mark.parametrize('target', ('95', '96'))
+def test_the_search_tries_tiny_changes(run, data, target):
+    words = '--data', data, '--processes', '2', '--runs', '4', '--target', target
+    lines = run('search', *words)
+    assert lines[-1].startswith('4 runs of 4 in ')
+
+
 # In the place of a script: it logs a run, prints what is no UTF-8, and starts a process that adds
 # to a file for half a minute.
 FAKE = """
@@ -445,7 +452,7 @@ def test_the_cutout_of_the_search_is_of_the_image_before_it_is_reduced(search, m
 
 def test_a_proxy_passes_on_the_images_with_the_most_loss(search, monkeypatch):
     monkeypatch.setattr(search, 'DTYPE', torch.float32)
-    learners, trained, proxys, batches = [], [], [], []
+    learners, trained, proxys, batches, proxy_losses = [], [], [], [], []
     make_learner, update, hardest = search.make_learner, search.update, search.hardest
 
     def watched_learner(h):
@@ -466,12 +473,14 @@ def test_a_proxy_passes_on_the_images_with_the_most_loss(search, monkeypatch):
     def watched_hardest(proxy, x, y, n, *args):
         losses = F.cross_entropy(proxy.net(x), y, label_smoothing=0.2, reduction='none')
         batches.pop()
-        positions = hardest(proxy, x, y, n, *args)
-        assert sorted(positions.tolist()) == sorted(losses.argsort()[-n:].tolist())
+        positions, found = hardest(proxy, x, y, n, *args)
+        assert found.allclose(losses, atol=1e-5) and not found.requires_grad
+        assert positions.tolist() == sorted(losses.argsort()[-n:].tolist())
         if trained[-1:] and trained[-1][0] is proxy:
             assert trained[-1][1] == pytest.approx(losses[positions].sum().item(), rel=1e-4)
         proxys.append((x, positions))
-        return positions
+        proxy_losses.append(losses[positions].mean().item())
+        return positions, found
 
     monkeypatch.setattr(search, 'make_learner', watched_learner)
     monkeypatch.setattr(search, 'update', watched_update)
@@ -501,6 +510,47 @@ def test_a_proxy_passes_on_the_images_with_the_most_loss(search, monkeypatch):
     total += n_trained * (2 * 30 * of_proxy + muon_of_proxy)
     assert run['pflops'] == pytest.approx(total / 1e15) == pytest.approx(changes['budget'], rel=0.1)
     assert run['epochs'] == pytest.approx(run['steps'] * 12 / 60)
+    assert run['proxy_loss'] == pytest.approx(proxy_losses[-1], rel=1e-4)
+
+
+def test_with_a_proxy_the_easy_images_are_easy_for_it(search, monkeypatch):
+    """For what it never passes on has no other loss, and would never be left out."""
+    monkeypatch.setattr(search, 'DTYPE', torch.float32)
+    drawn, known = [], torch.full((60,), math.inf)
+    batches, hardest = search.batches, search.hardest
+
+    def watched_batches(h, flip_mask, order, *args):
+        left_out = sorted(set(range(60)) - set(order.tolist()))
+        drawn.append((left_out, known.argsort()[: len(left_out)].tolist()))
+        for x, y, idx in batches(h, flip_mask, order, *args):
+            drawn.append(idx)
+            yield x, y, idx
+
+    def watched_hardest(*args):
+        positions, losses = hardest(*args)
+        known[drawn[-1]] = losses
+        return positions, losses
+
+    monkeypatch.setattr(search, 'batches', watched_batches)
+    monkeypatch.setattr(search, 'hardest', watched_hardest)
+    changes = dict(budget=1.2e-4, train_images=60, widths=[8, 8, 8], stages=[[1.0, 32, 'none', 10]])
+    changes |= dict(proxy=[[8, 8, 8], 0.5, 2], tta_share=0.0, prune=[0.0, 0.3])
+    search.run(changes, seed=0)
+    passes = [item for item in drawn if isinstance(item, tuple)]
+    assert len(passes) > 4 and passes[0][0] == [] and len(passes[1][0]) == 18
+    assert sorted(passes[1][1]) == passes[1][0]
+
+
+def test_a_proxy_that_diverges_is_seen(search, monkeypatch):
+    monkeypatch.setattr(search, 'DTYPE', torch.float32)
+    changes = dict(budget=1.2e-4, train_images=60, widths=[8, 8, 8], stages=[[1.0, 32, 'none', 10]])
+    changes |= dict(proxy=[[8, 8, 8], 0.5, 2], tta_share=0.0)
+    assert search.run(changes, seed=0)['diverged'] is False
+    hardest = search.hardest
+    monkeypatch.setattr(
+        search, 'hardest', lambda *args: (hardest(*args)[0], torch.full((20,), math.nan))
+    )
+    assert search.run(changes, seed=0)['diverged'] is True
 
 
 def test_a_proxy_needs_enough_images(search):
@@ -582,15 +632,16 @@ def test_the_search_refuses_before_it_trains(search, monkeypatch, tmp_path, caps
     assert line.startswith('search: error: ') and said in line
 
 
-def test_a_design_tells_the_changes_apart(candidates):
-    names = list(candidates.FACTORS_94)
-    runs = candidates.design(names, 32, seed=0)
+@pytest.mark.parametrize('target, n', (('94', 32), ('95', 32), ('96', 16)))
+def test_a_design_tells_the_changes_apart(candidates, target, n):
+    names = list(candidates.TARGETS[target][1])
+    runs = candidates.design(names, n, seed=0)
     signs = torch.tensor([[-1.0 if name in on else 1.0 for name in names] for on in runs])
-    assert signs.sum(0).eq(0).all() and (signs.T @ signs).equal(32 * torch.eye(len(names)))
+    assert signs.sum(0).eq(0).all() and (signs.T @ signs).equal(n * torch.eye(len(names)))
     pairs = torch.einsum('ri,rj->rij', signs, signs).flatten(1)
     assert (signs.T @ pairs).eq(0).all()
-    assert candidates.design(names, 64, seed=0)[:32] == runs
-    assert candidates.design(names, 32, seed=1) != runs
+    assert candidates.design(names, 2 * n, seed=0)[:n] == runs
+    assert candidates.design(names, n, seed=1) != runs
 
 
 @pytest.mark.parametrize('seed', range(5))

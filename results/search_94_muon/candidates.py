@@ -155,7 +155,7 @@ def recipe(target, names, half=False):
 
     half: on half of the data, in batches of half the size, with the lr of biases and head doubled
         as they go by the sum over a batch; half the compute, so that steps and epochs are nearly
-        the same: they are 3% fewer at 94% and 7% at 96%, as Muon's products do not halve.
+        the same: they are 3% fewer at 94% and 7% at 96%, mostly as Muon's products do not halve.
     """
     base, factors = TARGETS[target]
     changes = dict(base)
@@ -163,7 +163,7 @@ def recipe(target, names, half=False):
         changes |= factors[name]
     if half:
         stages = [[*stage, 1000] for stage in changes['stages']]
-        # The test, 0.005 PFLOPs, does not halve.
+        # The test does not halve. At 94% it is 0.005 PFLOPs.
         changes |= dict(budget=round(changes['budget'] / 2 + 0.0025, 4), stages=stages)
         changes |= dict(train_images=25000, bias_lr=0.106, head_lr=1.34)
     return changes
@@ -173,22 +173,24 @@ def design(names, n_runs, seed):
     """
     For each run, which of up to 16 changes are on: rows of a Hadamard matrix, shuffled.
 
-    In 32 runs each change is on in half of them, and any two changes agree in half of them. The
-    columns are those whose number has an odd count of ones in binary. So what two changes do
-    together is not mistaken for what a third one does (resolution IV).
+    There are 16 rows for up to 8 changes, and 32 for more. In all rows together each change is on
+    in half of them, and any two changes agree in half of them. The columns are those whose number
+    has an odd count of ones in binary. So what two changes do together is not mistaken for what a
+    third one does (resolution IV).
 
-    The first len(names) + 1 runs tell the changes apart. But in fewer than 32 runs, what two
+    The first len(names) + 1 runs tell the changes apart. But in fewer runs than rows, what two
     changes do together can look like the work of a third.
     """
-    odd = [column for column in range(32) if column.bit_count() % 2 == 1]
-    matrix = linalg.hadamard(32)[:, odd[: len(names)]]
+    n_rows = 16 if len(names) <= 8 else 32
+    odd = [column for column in range(n_rows) if column.bit_count() % 2 == 1]
+    matrix = linalg.hadamard(n_rows)[:, odd[: len(names)]]
     shuffle = random.Random(seed).shuffle
     runs = []
     while len(runs) < n_runs:
-        rows = list(range(32))
+        rows = list(range(n_rows))
         shuffle(rows)
         # Pivoting takes the row next that is furthest from what those before it span.
-        with_mean = np.column_stack([np.ones(32), matrix[rows]])
+        with_mean = np.column_stack([np.ones(n_rows), matrix[rows]])
         _, order = linalg.qr(with_mean.T, mode='r', pivoting=True)
         first = [rows[i] for i in order[: len(names) + 1]]
         for row in first + [row for row in rows if row not in first]:
