@@ -200,7 +200,8 @@ def test_the_times_on_each_processor_are_logged_ones():
             runs = [
                 run for run in runs if processor(script, run).startswith(f'{name}, {instructions}')
             ]
-            assert cell in ['', *map(summarize.readme_time, runs)] and bool(cell) == bool(runs)
+            fastest = min(runs, key=lambda run: run['seconds'], default=None)
+            assert cell == (summarize.readme_time(fastest) if runs else '')
             assert not runs or header['dtype'] == dtype
             for run in runs:
                 assert all(word in run['device'] for word in name.split(',')[0].split())
@@ -424,7 +425,8 @@ def test_the_intervals_of_v_and_s_on_a_cpu_follow_from_their_logs():
         width = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
         said.append(f'{statistics.fmean(values):.2f} ± {width:.2f}')
     page = ' '.join((RESULTS / 'search_94_muon' / 'README.md').read_text().split())
-    assert f'{said[0]} (ten runs) at 0.239, after {said[1]} (six) for S, on CPUs.' in page
+    other = 'S, on another CPU in bfloat16'
+    assert f'{said[0]} (ten runs) at 0.239; {other}, {said[1]} (six; stopped' in page
 
 
 def test_the_trials_for_95_follow_from_their_logs():
@@ -479,6 +481,8 @@ def test_the_trials_for_95_by_the_search_follow_from_their_logs(monkeypatch):
 
 
 def test_what_is_said_of_the_trials_for_95():
+    from scipy import stats
+
     folder = RESULTS / 'search_95_muon'
     page = ' '.join((folder / 'README.md').read_text().split())
     _, (run,) = summarize.read_logs([folder / 'translate3.jsonl'])
@@ -495,7 +499,10 @@ def test_what_is_said_of_the_trials_for_95():
     _, (wide,) = summarize.read_logs([folder / 'wide17.jsonl'])
     gain = 100 * (wide['tta_val_acc'] - narrow['tta_val_acc'])
     assert wide['pflops'] < narrow['pflops']
-    assert f"17 epochs give {gain:.2f} points more than W's channels for 29.9 epochs" in page
+    said = (
+        f"17 epochs at 1.33 times W's channels give {gain:.2f} points more than 29.9 epochs at W's"
+    )
+    assert said in page
     _, (widest,) = summarize.read_logs([folder / 'widest17.jsonl'])
     first, second, third = (f'{100 * run["tta_val_acc"]:.2f}' for run in (wide, wider, widest))
     assert f"1.78 times W's channels gave {first}, {second} and {third} in single runs" in page
@@ -522,7 +529,7 @@ def test_what_is_said_of_the_trials_for_95():
 
     (cutout,) = map(json.loads, open(folder / 'cutout8.jsonl'))
     said = f'{100 * cutout["selective"]:.2f} after {100 * long["tta_val_acc"]:.2f}, in single runs'
-    assert f'seems to pay nothing: {said} of {cutout["epochs"]:.0f} epochs.' in page
+    assert f'shows no gain: {said} of {cutout["epochs"]:.0f} epochs.' in page
     (header, _) = summarize.read_logs([folder / 'wide28.jsonl'])
     assert f'and in {cutout["dtype"]}, not {header["dtype"]}.' in page
     assert cutout['pflops'] == pytest.approx(long['pflops'], rel=0.01)
@@ -531,12 +538,19 @@ def test_what_is_said_of_the_trials_for_95():
     header, (again,) = summarize.read_logs([folder / 'script.jsonl'])
     two = [100 * pruned['selective'], 100 * again['tta_val_acc']]
     said = f'for {pruned["epochs"]:.1f} epochs: {two[0]:.2f} by search.py in {pruned["dtype"]}, '
-    said += f'and {two[1]:.2f} by the script below in {header["dtype"]}, '
-    assert f'{said}{statistics.fmean(two):.2f} in the mean.' in page
-    assert f'The best recipe had {two[0]:.2f} and {two[1]:.2f} in two runs' in page
+    assert f'{said}and {two[1]:.2f} by the script below in {header["dtype"]}.' in page
+    one = f'{100 * run["tta_val_acc"]:.2f}'
+    assert f'{one} in one run, and {two[0]:.2f} and {two[1]:.2f} in two runs of another' in page
+    assert {f'{each["pflops"]:.2f}' for each in (run, pruned, again)} == {'0.70'}
+    assert max(run['tta_val_acc'], again['tta_val_acc'], pruned['selective']) * 100 == two[0]
     assert pruned['changes']['prune'] == [0.35, 0.4]
     learned = 100 * min(again['train_acc'][-2:])
     assert f'its training accuracy on the last batch was at least {learned:.1f}%.' in page
+    _, runs = summarize.read_logs([RESULTS / 'airbench95' / 'h200.jsonl'])
+    std = summarize.summarize(runs)['std']
+    apart = stats.norm.ppf(0.975) * 2**0.5 * std
+    assert f'25 runs on the H200 is {100 * std:.2f} points, by which' in page and len(runs) == 25
+    assert f'two runs of one recipe differ by up to {100 * apart:.2f}, 95 times in 100.' in page
     seconds = 0
     for log in folder.glob('*.jsonl'):
         for run in map(json.loads, open(log)):
@@ -692,7 +706,7 @@ def test_the_frontier_follows_from_the_logs():
         if len(values) >= 10:
             stds.append(f'{100 * statistics.stdev(values):.2f}')
     page = ' '.join((RESULTS / 'search_94_muon' / 'README.md').read_text().split())
-    assert f'the std from seed to seed is {min(stds)} to {max(stds)} points' in page
+    assert f'In rows of ten runs and more the std is {min(stds)} to {max(stds)} points' in page
 
 
 def test_the_report_of_the_search_is_short():
@@ -757,3 +771,212 @@ def test_the_table_of_the_runs_on_half_of_the_data_is_their_log():
             f'{100 * run["held_out"]:.2f}',
             f'{run["held_out_loss"]:.4f}',
         ]
+
+
+def search_variants(runs):
+    """Recipes, apart from how long they train, where, by which program, and how they are tested."""
+    found = set()
+    for run in runs:
+        other = ('budget', 'seed', 'tta_share', 'by')
+        recipe = {key: value for key, value in run['changes'].items() if key not in other}
+        if 'stages' in recipe:
+            recipe['stages'] = [[*stage, 2000][:4] for stage in recipe['stages']]
+        found.add(json.dumps(recipe, sort_keys=True))
+    return found - {'{}'}  # Jordan's
+
+
+def test_the_number_of_variants():
+    said = f'{len(search_variants(search_runs()))} variants'
+    more = f'{len(runs_on_half_of_the_data())} runs'
+    page = (RESULTS / 'search_94_muon' / 'README.md').read_text()
+    assert f'{said} on the real data, and {more} [on half of it](half.md).' in page
+    text = ' '.join((RESULTS / 'README.md').read_text().split())
+    assert f'on the test set: {said}, {more} on half of the data, and some ways of' in text
+
+
+# Of search_94_muon/README.md: the seeds of the runs with and without a change.
+PAIRS = [
+    ('{} after {} at 0.13 PFLOPs', 1204, 1201),
+    ('{} after {} at 0.18 PFLOPs', 1411, 1401),
+    ('in block 1**: {} after {} at 0.08 PFLOPs', 1515, 1505),
+    ('**Leaving out easy images**: {} after {} at 0.08', 1515, 1518),
+    ('other channels: {} after {} at 0.08', 1514, 1515),
+    ('other channels: {}, T has {}', 1510, 1509),
+    ('after {} for nearly as many steps', 1520),
+    ('{} at 0.168 PFLOPs', 1521),
+    ('in block 1**, wider: {} after {} (four runs) at 0.239', 1501, (100, 101, 102, 103)),
+    ('not 30%: {} after {}', 1423, 1421),
+    ('**Lookahead throughout**: {} after {} at 0.13', 1307, 1308),
+    ('of its peak: {} after {}', 1404, 1401),
+    ('and {} after {}', 1412, 1403),
+    ('**Translation by 4**: {} after {}', 1402, 1401),
+    ('and {} after {}', 1424, 1421),
+    ('**: {} after {} at 0.13, but', 1321, 1308),
+    ('but {} after {} (four runs) at 0.239', 1504, (100, 101, 102, 103)),
+    ('label smoothing 0.1**: {} after {}', 1302, 1204),
+    ('T, wider, with all images, at 0.239**: {}', 1513),
+    ('At 0.19 PFLOPs on all data: {}', 1601),
+    ('not crops: {} after {} on half of the data', 2012, 2001),
+    ('in the last stage**: {} after {} on half', 2018, 2016),
+    ('{} in block 2, {} in block 3, after {}', 2022, 2023, 2012),
+    ('sees block 2**: {}', 2024),
+    ('BatchNorm over 250 images**: {}', 2021),
+    ('of each batch**: {} after {} on half of the data', 2000, 2002),
+    ("Muon's lr halved in block 1**: {} after {}", 2017, 2012),
+]
+
+
+def test_what_the_search_kept_and_dropped_follows_from_its_logs():
+    page = ' '.join((RESULTS / 'search_94_muon' / 'README.md').read_text().split())
+    page = page.split('## Kept')[1]
+    accuracies = {run['seed']: 100 * run['selective'] for run in search_runs()}
+    half = {run['seed']: run for run in runs_on_half_of_the_data()}
+    accuracies |= {seed: 100 * run['held_out'] for seed, run in half.items()}
+    budgets = {run['seed']: run['pflops'] for run in [*search_runs(), *half.values()]}
+    for text, *seeds in PAIRS:
+        cells = []
+        for seed in seeds:
+            several = seed if isinstance(seed, tuple) else (seed,)
+            cells.append(f'{statistics.fmean(accuracies[each] for each in several):.2f}')
+            for pflops in re.findall(r'at (0\.\d+)', text):
+                digits = len(pflops) - 2
+                assert {f'{budgets[each]:.{digits}f}' for each in several} == {pflops}
+        assert text.format(*cells) in page
+    said = re.sub(r'94.13 ± 0.14|93.98 ± 0.07|[+−]\d\.\d\d ± \d\.\d\d', '', page)
+    n_accuracies = sum(len(seeds) for _, *seeds in PAIRS)
+    assert len(re.findall(r'\b[89]\d\.\d\d\b', said)) == n_accuracies
+
+    more = 100 * (half[2012]['selective'] - half[2001]['selective'])
+    assert f'and {more:.2f} more on the test images' in page
+    gains = [100 * (run['selective'] - run['mirror']) for run in search_runs()
+             if run['selective_views'] == 4 and 'mirror' in run]  # fmt: skip
+    assert f'{min(gains):.1f} to {max(gains):.1f} points over the mirrored pair alone' in page
+    others = [accuracies[new] - accuracies[old]
+              for new, old in ((1507, 1505), (1506, 1505), (1522, 1518), (1523, 1518))]  # fmt: skip
+    others.append(half[2011]['held_out'] * 100 - half[2001]['held_out'] * 100)
+    others.append(accuracies[1301] - accuracies[1204])
+    low, high = (f'{value:+.1f}'.replace('-', '−') for value in (min(others), max(others)))
+    assert f'before the head: from {low} to {high}.' in page
+
+
+def test_the_stds_that_the_pages_name():
+    folder = RESULTS / 'airbench94_muon' / 'crops'
+    std = summarize.summarize(summarize.read_logs([folder / 'h200.jsonl'])[1])['std']
+    half = ' '.join((RESULTS / 'search_94_muon' / 'half.md').read_text().split())
+    assert f"the std of V's 25 runs on the H200 is {100 * std:.2f}." in half
+    logs = [RESULTS / 'airbench94' / name for name in ('h200.jsonl', 'h200_turn.jsonl')]
+    std = summarize.summarize(summarize.read_logs(logs)[1])['std']
+    page = ' '.join((RESULTS / 'examples' / 'README.md').read_text().split())
+    assert f"The std of airbench94.py's runs is about {100 * std:.2f} points." in page
+    assert f"(a std of {100 * std:.2f} points in airbench94.py's full runs)" in page
+
+
+def test_what_is_said_of_times_and_profiles():
+    text = ' '.join((RESULTS / 'README.md').read_text().split())
+    lines = (RESULTS / 'airbench94_muon' / 'crops' / 'h200_profile.txt').read_text().splitlines()
+    shares = {}
+    for line in lines[lines.index(next(line for line in lines if line.startswith('Name'))) + 1 :]:
+        cells = line.split()
+        if line.startswith('aten::') and cells[2].endswith('%'):
+            shares[cells[0]] = float(cells[2][:-1])
+    convolutions, pools = (
+        sum(share for name, share in shares.items() if word in name)
+        for word in ('convolution', 'max_pool')
+    )
+    assert f'spent {convolutions:.0f}% on convolutions and {pools:.0f}% on max-pooling' in text
+
+    steps = {}
+    for log in (RESULTS / 'steps').glob('*.json'):
+        steps[log.stem] = json.loads(log.read_text())['summary']
+    for script in ('airbench94', 'airbench94_muon'):
+        assert 0.85 < 1 / steps[script]['step / convolutions']['median'] < 0.95  # nine tenths
+    slower = [
+        steps[script]['float32 step / step']['median'] for script in ('airbench94', 'airbench96')
+    ]
+    assert f'float32 takes {slower[0]:.1f} to {slower[1]:.1f} times as long as bfloat16' in text
+    rates = {}
+    for script in ('airbench94', 'airbench95'):
+        for run in summarize.read_logs([RESULTS / script / 'cpu.jsonl'])[1]:
+            rate = run['pflops'] / run['seconds']
+            key = script, processor(script, run)
+            rates[key] = max(rate, rates.get(key, 0))
+    both = {place for _, place in rates if all((name, place) in rates for name in
+            ('airbench94', 'airbench95'))}  # fmt: skip
+    ratios = {f'{rates["airbench95", place] / rates["airbench94", place]:.1f}' for place in both}
+    assert len(both) == 2 and ratios == {'1.2'}
+    assert 'on both CPUs of the table that ran them, airbench95.py does 1.2 times' in text
+
+    compiled = steps['compiled_against_94']
+    step, evaluation = (
+        compiled[name]['median']
+        for name in ('step / step of the other', 'evaluation / evaluation of the other')
+    )
+    log = json.loads((RESULTS / 'steps' / 'compiled_against_94.json').read_text())
+    said = f'takes {step:.2f} times as long, and an evaluation {evaluation:.2f} times, '
+    assert f'{said}medians of {len(log["rounds"])} rounds' in text
+    paper = [float(summarize.PUBLISHED[f'airbench94{name}'][2].split()[0])
+             for name in ('', '_compiled')]  # fmt: skip
+    assert f'makes a run {paper[0] / paper[1]:.2f} times faster (the paper)' in text
+    log = json.loads((RESULTS / 'steps' / 'needless_products_32.json').read_text())
+    ratios = sorted(round_['step / step of the other'] for round_ in log['rounds'])
+    assert len(ratios) == 6 and f'({ratios[0]:.2f} to {ratios[-1]:.2f} at 32; [logs]' in text
+
+
+def test_what_else_the_page_of_airbench94_muon_says():
+    folder = RESULTS / 'airbench94_muon'
+    page = ' '.join((folder / 'README.md').read_text().split())
+    _, runs = summarize.read_logs([folder / 'crops' / 'before_2x2.jsonl'])
+    values = [100 * run['tta_val_acc'] for run in runs]
+    needed = (10 * 94 - sum(values)) / (10 - len(values))
+    assert f'would have needed {needed:.2f} in the mean for 94.00 in all' in page
+    parts = (folder / 'h200_parts.txt').read_text()
+    old, new = (
+        float(re.search(rf'^loader {name} +([\d.]+) us', parts, re.MULTILINE)[1])
+        for name in ('old', 'g1s')
+    )
+    assert 0.45 < new / old < 0.55 and 'for mirror and translation together would save half' in page
+
+
+def test_what_the_examples_found():
+    page = ' '.join((RESULTS / 'examples' / 'README.md').read_text().split())
+    lines = open(RESULTS / 'examples' / 'data_selection.jsonl')
+    runs = {run['name']: run for run in map(json.loads, lines) if run['type'] == 'run'}
+    for name, run in runs.items():
+        cells = [
+            name,
+            f'{run["images"]:,}',
+            f'{run["epochs"]:g}',
+            f'{100 * run["tta_val_acc"]:.2f}',
+        ]
+        assert f'| {" | ".join(cells)} |' in page
+    gain = runs['least confident 60%']['tta_val_acc'] - runs['random 60%']['tta_val_acc']
+    assert f'gave {100 * gain:.2f} points more than a random 60%' in page
+
+    accuracies = {}
+    for name in ('baseline', 'random_flip', 'no_lookahead'):
+        lines = open(RESULTS / 'examples' / f'ablation_{name}.jsonl')
+        runs = [run for run in map(json.loads, lines) if run['type'] == 'run']
+        accuracies[name] = [100 * run['tta_val_acc'] for run in runs]
+    stds = [statistics.stdev(values) for values in accuracies.values()]
+    assert f'scatter by {min(stds):.1f} to {max(stds):.1f} points (std)' in page
+    from scipy import stats
+
+    intervals = []
+    for name, words in (('random_flip', 'random flip'), ('no_lookahead', 'no Lookahead')):
+        base, changed = accuracies['baseline'], accuracies[name]
+        test = stats.ttest_ind(base, changed, equal_var=False)
+        low, high = test.confidence_interval(0.95)
+        means = [statistics.fmean(values) for values in (base, changed)]
+        cells = [words, f'{means[0]:.2f}', f'{means[1]:.2f}', f'{len(base)}, {len(changed)}']
+        cells += [f'{means[0] - means[1]:+.2f}', f'{low:+.2f} to {high:+.2f}', f'{test.pvalue:.2f}']
+        assert f'| {" | ".join(cells)} |' in page
+        intervals.append((low, high))
+    (low, high), (other_low, other_high) = intervals
+    assert (
+        f'the flip may be worth up to {high:.1f} points, the Lookahead up to {other_high:.1f}, '
+        in page
+    )
+    assert f'or they may cost up to {-low:.1f} and {-other_low:.1f}.' in page
+    std = statistics.fmean(stds)
+    z = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    assert 45 < 2 * (z * std / 0.2) ** 2 < 65 and 'takes some fifty runs a side' in page
