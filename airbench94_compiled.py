@@ -98,7 +98,7 @@ def load_split(path, train):
     """
     if str(path) == 'synthetic':
         return synthetic_split(train)
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_file():
         raise ValueError(f'{folder} is a file: name the folder that it is in')
     files = [folder / 'train.pt', folder / 'test.pt']
@@ -156,7 +156,7 @@ def load_file(file):
         is_valid = False
     if not is_valid:
         raise ValueError(f'{file} must hold dict(images=uint8 (N, 32, 32, 3), labels=int64 (N,) '
-                         'from 0 to len(classes) - 1, classes=list of str), by torch.save, as '
+                         'from 0 to len(classes) - 1, classes=list), by torch.save, as '
                          f'tensors and not NumPy arrays. It holds {found}')
     return data
 
@@ -186,10 +186,10 @@ class CifarLoader:
 
     Iterating yields inputs, float (B, 3, 32, 32), and labels, int64 (B,).
 
-    Attributes can be replaced: for a subset images, float (N, 3, 32, 32) from 0 to 1, and labels,
-    int64 (N,); for other data also mean and std, three numbers each, and classes, a list of names.
-    Raises ValueError for what does not fit together. A copy by copy.copy shares the tensors and the
-    aug of the loader: assign new ones to it, and change none in place.
+    These attributes can be replaced. For a subset: images, float (N, 3, 32, 32) from 0 to 1, and
+    labels, int64 (N,). For other data also: mean and std, three numbers each, and classes, a list
+    of names. Iterating raises ValueError if they do not fit together. A copy by copy.copy shares
+    the tensors and the aug of the loader: assign new ones to it, and change none in place.
 
     For an augmentation of your own, override __iter__, and change the inputs that
     super().__iter__() yields.
@@ -250,6 +250,9 @@ class CifarLoader:
         if self.labels.shape != (n,):
             raise ValueError(f'there must be a label for each of the {n} images, not '
                              f'{tuple(self.labels.shape)}')
+        if torch.as_tensor(self.mean).numel() != 3 or torch.as_tensor(self.std).numel() != 3:
+            raise ValueError(f'mean and std must be three numbers each, not {self.mean!r:.99} and '
+                             f'{self.std!r:.99}')
         if not isinstance(self.batch_size, numbers.Integral):
             raise ValueError(f'batch_size must be a whole number, not {self.batch_size!r}')
         if self.batch_size < 1 or len(self) < 1:
@@ -467,9 +470,9 @@ def make_optimizer(net, h):
 
     What has norm in its name gets lr times bias_scaler, all else lr.
 
-    Any other optimizer of PyTorch can be returned; its lr follows the schedule. A schedule-free
-    one does not fit, as train does not call its eval(). In float16 Adam gives NaN, as its eps of
-    1e-8 is 0 there: train in another dtype, or with eps=1e-4.
+    Another optimizer of PyTorch can be returned, whose step needs no closure; its lr follows the
+    schedule. A schedule-free one does not fit, as train does not call its eval(). In float16 Adam
+    gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
     """
     scale = 1024 * (1 + 1 / (1 - h['momentum']))
     lr = h['lr'] / scale
@@ -566,7 +569,8 @@ def infer(net, loader, tta_level=0, mirror=True):
     """
     The float32 (N, num_classes) logits of loader.images, in their order.
 
-    loader: its mean and std are to be those of the training. Its labels are not used.
+    loader: a CifarLoader, on the network's device. Its mean and std are to be those of the
+        training. Its labels are not used.
     tta_level, mirror: of test-time augmentation, see views_of.
     """
     was_training = net.training
@@ -580,7 +584,11 @@ def infer(net, loader, tta_level=0, mirror=True):
 
 
 def evaluate(net, loader, tta_level=0, mirror=True):
-    """The share of loader.images, from 0 to 1, that the network classifies correctly."""
+    """
+    The share of loader.images, from 0 to 1, that the network classifies correctly.
+
+    The arguments are those of infer. Raises ValueError if there is not a label for each image.
+    """
     predictions = infer(net, loader, tta_level, mirror).argmax(1)
     if loader.labels.shape != predictions.shape:
         raise ValueError(f'there must be a label for each of the {len(predictions)} images, not '
@@ -591,6 +599,7 @@ def evaluate(net, loader, tta_level=0, mirror=True):
 # ------------------------------------------- Compiling --------------------------------------------
 
 def image_sizes(h):
+    """The sizes, in pixels, of the images that steps are recorded for."""
     return [32]
 
 
@@ -651,8 +660,9 @@ class CapturedStep:
     net: of compiled_net.
     optimizer: of make_optimizer, for net. It is what train_step gets.
 
-    The optimizers must start from a state of zeros. On CUDA they must read lr on the GPU, as
-    PyTorch's optimizers with the argument capturable do, and fused SGD, which is used.
+    The optimizers must start from a state of zeros, of tensors alone: a number in it would stay as
+    it was recorded. On CUDA they must read lr on the GPU. PyTorch's optimizers with the argument
+    capturable do, and so does fused SGD: both are switched on here.
     """
 
     def __init__(self, net, optimizer, label_smoothing):
@@ -676,8 +686,13 @@ class CapturedStep:
         self.recordings = {}
 
     def optimizer_state(self):
+        """The tensors in it. Raises TypeError for numbers, which no replay would change."""
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        return [x for state in states for x in state.values() if isinstance(x, torch.Tensor)]
+        values = [value for state in states for value in state.values()]
+        if any(isinstance(value, numbers.Number) for value in values):
+            raise TypeError('when compiled, the state of an optimizer must be tensors, no numbers: '
+                            'change it, or use compile=False')
+        return [value for value in values if isinstance(value, torch.Tensor)]
 
     @torch.no_grad()
     def start_run(self, state_dict):
@@ -764,7 +779,8 @@ class CapturedStep:
                     tensor.zero_()  # a momentum that is new
 
 
-# The hyperparameters that a step does not depend on.
+# The hyperparameters that a step does not depend on, of airbench94_compiled.py and of
+# airbench94_muon.py.
 NOT_IN_STEP = ('epochs', 'lr_start', 'lr_peak', 'lr_end', 'lr_tail', 'whiten_bias_epochs',
                'lookahead', 'lookahead_every', 'lookahead_decay', 'lookahead_power', 'aug',
                'altflip', 'sizes', 'tta_level')
@@ -852,16 +868,17 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
         The schedule, the optimizer and Lookahead begin anew. When compiled, only its weights are
         used: a forward, hooks or frozen parameters of its own have no effect.
-    seed: sets PyTorch's global generators (default: they go on from where they are). What you draw
-        from these afterwards repeats too: for random subsets or labels, use a torch.Generator of
-        your own. Trainings in two threads share the global ones, and cannot be reproduced. On a
-        GPU the same seed does not give the same network: save what you need again.
+    seed: sets PyTorch's global generators (default: they go on from where they are). So what you
+        draw from these after a training is the same after each of that seed: for random subsets or
+        labels, use a torch.Generator of your own. Trainings in two threads share the global ones,
+        and cannot be reproduced. On a GPU the same seed does not give the same network: save a
+        network that you will need again.
     device: to train on (default: the loader's).
     dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,
         with the table's row as a dict: epoch, train_loss, train_acc, val_acc, time_seconds and
-        steps. In the last one epoch is 'eval', and tta_val_acc stands in place of train_loss,
+        steps. In the last row epoch is 'eval', and tta_val_acc takes the place of train_loss,
         train_acc and val_acc. The train_loss and train_acc are those of the epoch's last batch. If
         it returns True, the training ends with that epoch, and the network becomes Lookahead's
         average, as it always does at the end. A callback that draws from PyTorch's global
@@ -1145,9 +1162,9 @@ def report(row, net, state, verbose, callback):
     if is_number or is_array or stop not in (None, False, True):
         raise TypeError('callback must return None, or True to end the training, not '
                         f'{stop!r:.50}')
-    # Lookahead would go on with the tensors that the network had.
+    # Lookahead and, when compiled, the next training would go on with the tensors that it had.
     now = {tensor.data_ptr() for tensor in net.state_dict().values()}
-    if row['epoch'] != 'eval' and any(tensor.data_ptr() not in now for tensor in state):
+    if any(tensor.data_ptr() not in now for tensor in state):
         raise RuntimeError('callback must not move net or change its dtype: use copies of its '
                            'state_dict()')
     return stop
@@ -1172,6 +1189,11 @@ def check_data(train_loader, test_loader):
         if not 0 <= lowest <= highest <= 1:
             raise ValueError(f'{name}.images must be from 0 to 1, as by / 255, not from '
                              f'{lowest:.3g} to {highest:.3g}')
+        mean = torch.as_tensor(loader.mean)
+        std = torch.as_tensor(loader.std)
+        if not (0 <= mean.min() <= mean.max() <= 1 and 0 < std.min() <= std.max()):
+            raise ValueError(f'{name}.mean must be from 0 to 1, as the images are, and std above '
+                             f'0, not {mean.tolist()} and {std.tolist()}')
         if loader.labels.dtype != torch.int64:
             raise ValueError(f'{name}.labels must be int64, as by .long(), not '
                              f'{loader.labels.dtype}')
@@ -1308,9 +1330,10 @@ def read_log(path):
     The headers and the runs of a log, or [] and [] if there is no such file yet.
 
     A log is JSON lines: a header, then a line for each run. Another header stands before the runs
-    of another source, PyTorch, device or number of threads. Left out are a header that another one
-    follows at once, and a last line that was cut off, as the process was killed or the disk was
-    full. Raises ValueError for another file, and for a log that holds a seed twice.
+    of another source, PyTorch, device or number of threads. In what is returned, a header of which
+    there are runs has the key has_runs. Left out are a header that another one follows at once, and
+    a last line that was cut off, as the process was killed or the disk was full. Raises ValueError
+    for another file, and for a log that holds a seed twice.
     """
     if not path.is_file() or path.stat().st_size == 0:
         return [], []
@@ -1330,6 +1353,7 @@ def read_log(path):
                 headers.append(record)
             elif record['type'] == 'run':
                 runs.append(record)
+                headers[-1]['has_runs'] = True
             was_header = is_header
         is_log = len(headers) > 0
         seeds = [run['seed'] for run in runs]
@@ -1406,10 +1430,8 @@ def open_log(path, header):
             print(json.dumps(header), file=log)
         changed = [
             name for key, name in version.items()
-            if any(old.get(key) != header[key] for old in headers)
+            if any(old.get(key) != header[key] for old in headers if 'has_runs' in old)
         ]
-        if not runs:
-            changed = []  # there are headers only: the first run was stopped
         if changed:
             print(f'note: {path} has runs of another {" and ".join(changed)}. The means include '
                   'them, and their seeds are not run again. To measure without them, name another '
@@ -1459,8 +1481,8 @@ def check_saved(file, recipe):
         saved = torch.load(file, map_location='cpu', weights_only=True)
         del saved['state_dict']
         saved['hyperparameters'] = hyp | saved['hyperparameters']  # as in check_experiment
-        # As JSON, in which a tuple and a list are the same, as in a log.
-        is_same = json.dumps(saved, sort_keys=True) == json.dumps(recipe, sort_keys=True)
+        # By way of JSON, after which a tuple and a list are the same, as in a log.
+        is_same = json.loads(json.dumps(saved)) == json.loads(json.dumps(recipe))
     except Exception:  # torch.load raises all kinds of errors for other files
         is_same = False
     if not is_same:
@@ -1484,7 +1506,7 @@ def parse_arguments():
         return torch.device(text)
 
     def path(text):
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))
 
     def value(text):
         """A Python value, or the text itself, which merge then refuses by its flag's name."""
@@ -1513,11 +1535,6 @@ def parse_arguments():
         add(*flags, type=value, default=default, metavar='X', help='(default: %(default)s)')
     args = parser.parse_args()
     lacks = what_compiling_lacks(args.device)
-    if args.compile is None and args.device.type == 'cuda':
-        if lacks is None:
-            args.compile = True
-        else:
-            print(f'note: not compiled, so slower. {lacks}', file=sys.stderr)
     if args.compile and lacks is not None:
         raise ValueError(f'{lacks}, or use airbench94.py, which does without')
     args.h = merge({key: getattr(args, key) for key in hyp})
@@ -1542,8 +1559,8 @@ def main():
     gpus = torch.cuda.device_count()
     if 'LOCAL_RANK' in os.environ:
         local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        # torchrun sets 1 where there are several processes and the user has set no number. A user's
-        # own 1 looks the same.
+        # torchrun sets 1 where there are several processes and the user has set no number. This is
+        # replaced by the process's share of the cores. A user's own 1 looks the same.
         if os.environ.get('OMP_NUM_THREADS') == '1':
             torch.set_num_threads(max(1, os.cpu_count() // local_world_size))
         if local_rank < gpus:

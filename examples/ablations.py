@@ -9,7 +9,7 @@ airbench94.py. The same command continues them.
     python results/summarize.py logs/baseline.jsonl --against logs/random_flip.jsonl
 
 About 50 runs a side tell an effect of 0.1 points from chance. All other flags are passed on to
-airbench94.py: --epochs 3 --widths '(32, 128, 128)' takes an eleventh of its compute. Its runs
+airbench94.py: --epochs 3 --widths "(32, 128, 128)" takes an eleventh of its compute. Its runs
 scatter more, and what it finds holds for that.
 """
 

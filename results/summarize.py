@@ -9,8 +9,9 @@ Welch's t-test:
 
     python results/summarize.py logs/mine.jsonl --against results/airbench94/cpu.jsonl
 
-It refuses to mix recipes, precisions or data sets, and to count a seed twice. It says where the
-runs are of several devices, versions of the script or versions of PyTorch. It needs scipy.
+It refuses to mix recipes, precisions or data sets, and to count a seed twice. Two sets may be
+trained on different data, as on subsets, but must be tested on the same. It says where the runs are
+of several devices, versions of the script or versions of PyTorch. It needs scipy.
 """
 
 import argparse
@@ -208,8 +209,9 @@ def main(arguments=None):
     try:
         sets = [(paths, *read_logs(paths)) for paths in (args.logs, args.against) if paths]
         summaries = [summarize(runs) for _, _, runs in sets]
-        if sets[0][1]['data'] != sets[-1][1]['data']:
-            raise ValueError('the two sets are of different data, and cannot be compared')
+        first, last = (sets[i][1]['data'] for i in (0, -1))
+        if first['test'] != last['test']:
+            raise ValueError('the two sets were tested on different data: no comparison')
         test = welch(*summaries) if args.against else None
     except (OSError, ValueError) as error:
         print(f'summarize: error: {error}', file=sys.stderr)
@@ -218,6 +220,8 @@ def main(arguments=None):
         print_summary(*one, summary)
         print()
     if test:
+        if first['train'] != last['train']:
+            print('note               the two sets were trained on different data')
         print(f'difference         {test["difference"]:+.5f}  (the first less the second)')
         print(f'95% interval       {test["interval"][0]:+.5f} to {test["interval"][1]:+.5f}')
         print(

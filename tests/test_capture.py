@@ -397,6 +397,33 @@ def test_any_optimizer_is_captured(tiny, passed_through, monkeypatch):
     assert (weights_of(plain) - weights_of(first)).norm() < 0.01 * weights_of(plain).norm()
 
 
+class Counting(torch.optim.SGD):
+    """With a number in its state, as optimizers from papers have it."""
+
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group['params']:
+                self.state[p]['step'] = self.state[p].get('step', 0) + 1
+
+
+@MODULES
+def test_an_optimizer_with_a_number_in_its_state(module, tiny, passed_through, monkeypatch):
+    """Which would stay as it was recorded, or go on in the next training."""
+
+    def make_optimizer(net, h):
+        return Counting([p for p in net.parameters() if p.requires_grad], lr=0.01)
+
+    monkeypatch.setattr(module, 'make_optimizer', make_optimizer)
+    if module is airbench94_muon:
+        monkeypatch.setattr(module, 'make_optimizer', lambda net, h: [make_optimizer(net, h)])
+    loader, options = loader_of(module, tiny), dict(SMALL, epochs=1)
+    module.train(loader, compile=False, **options)
+    with pytest.raises(TypeError, match='state of an optimizer must be tensors, no numbers'):
+        for _ in range(2):
+            module.train(loader, compile=True, **options)
+
+
 @MODULES
 @pytest.mark.parametrize('name', ['Net', 'make_optimizer', 'train_step'])
 def test_code_that_is_replaced_after_a_capture(module, name, tiny, passed_through, monkeypatch):

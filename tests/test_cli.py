@@ -312,6 +312,28 @@ def test_a_saved_network_is_the_trained_one(
     }
 
 
+def test_a_network_of_the_recipe_in_other_words_may_be_replaced(main):
+    words = ('--save', 'nets', '--widths', '(8, 8, 8)')
+    assert main(airbench94, *words, '--lr', '11')[0] == 0
+    for same in (('--lr', '11.0'), ('--lr', '11', '--widths', '[8, 8, 8]')):
+        code, _, err = main(airbench94, *words, *same, log='other.jsonl')
+        assert (code, err) == (0, '')
+        Path('other.jsonl').unlink()
+    code, _, err = main(airbench94, *words, '--lr', '12', log='other.jsonl')
+    assert code == 2 and 'not a network of this recipe' in err
+
+
+def test_a_folder_of_nobody(main, monkeypatch):
+    """~name where there is no such user is a folder of that name, as it is for the shell."""
+    code, _, err = main(airbench94, '--save', '~no such user/nets', log='~no such user/log.jsonl')
+    assert (code, err) == (0, '')
+    assert names(Path('~no such user')) == ['log.jsonl', 'nets']
+    monkeypatch.setenv('AIRBENCH_DATA', '~no such user/nets')
+    Path('~no such user/nets/train.pt').touch()
+    with pytest.raises(ValueError, match='train.pt must hold'):
+        airbench94.CifarLoader()
+
+
 def test_a_diverged_run_is_not_saved(main):
     assert main(airbench94, '--scaling_factor', 1e90, '--save', '.')[0] == 0
     assert names(Path('.')) == ['log.jsonl']
@@ -844,6 +866,11 @@ def test_each_rerun_says_that_the_log_has_runs_of_another_source(main, monkeypat
             code, out, err = main(airbench94, '--log', 'begun.jsonl', '--runs', runs)
             assert (code, err) == (0, '') and 'With runs' not in out
     assert [len(records) for records in read('log.jsonl')] == [2, 1]
+    # Back to the first source. Of the second no run has ended.
+    for runs in (1, 2):
+        code, out, err = main(airbench94, '--runs', runs)
+        assert (code, err) == (0, '') and 'With runs' not in out
+    assert [len(records) for records in read('log.jsonl')] == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_an_example_of_no_runs(name, tmp_path, monkeypatch, capsys):
 
 def test_the_share_of_the_compute_that_ablations_names():
     text = (ROOT / 'examples' / 'ablations.py').read_text()
-    assert "--epochs 3 --widths '(32, 128, 128)' takes an eleventh of its compute" in text
+    assert '--epochs 3 --widths "(32, 128, 128)" takes an eleventh of its compute' in text
     whole, part = (
         airbench94.count_pflops(h, steps=round(48.1 * h['epochs']), test_size=10_000)
         for h in (airbench94.hyp, airbench94.hyp | dict(epochs=3, widths=(32, 128, 128)))

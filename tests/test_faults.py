@@ -359,6 +359,12 @@ def spoil(loader, name, change):
     ('labels', lambda labels: labels.tolist(), 'labels must be a tensor, .* not list'),
     ('batch_size', lambda size: 0, 'no batch of 0'),
     ('batch_size', float, 'batch_size must be a whole number, not 50'),
+    ('mean', lambda mean: (0.5, 0.5), 'mean and std must be three numbers each, not .0.5, 0.5.'),
+    ('std', lambda std: 0.2, 'mean and std must be three numbers each'),
+    ('mean', lambda mean: 255 * mean, 'mean must be from 0 to 1, .* and std above 0, not .125'),
+    ('mean', lambda mean: mean * float('nan'), 'mean must be from 0 to 1, .* not .nan'),
+    ('std', lambda std: (0, 0, 0), r'and std above 0, not .* and .0, 0, 0'),
+    ('std', lambda std: std * float('nan'), 'and std above 0, not .* and .nan'),
 ])  # fmt: skip
 def test_data_are_checked_before_training(one_batch, monkeypatch, which, name, change, message):
     monkeypatch.setattr(airbench94, 'Net', None)

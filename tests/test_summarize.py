@@ -31,7 +31,7 @@ def write_log(path, runs, **header):
             script='airbench94',
             hyperparameters=dict(lr=11.5),
             dtype='bfloat16',
-            data='x',
+            data=dict(train='x', test='y'),
             device='a CPU',
             synthetic=False,
         )
@@ -195,6 +195,16 @@ def test_against(tmp_path, capsys):
         't 2.121, 2.00 degrees of freedom, p 0.17\n',
     ):
         assert line in out, line
+    assert 'note' not in out
+    subset = write_log(
+        tmp_path / 'c', [a_run(0, 0.90), a_run(1, 0.92)], data=dict(train='', test='y')
+    )
+    assert summarize.main([mine, '--against', subset]) == 0
+    assert (
+        'note               the two sets were trained on different data\n'
+        in capsys.readouterr().out
+    )
+    assert summarize.main([mine, subset]) == 2 and 'data' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -202,7 +212,7 @@ def test_against(tmp_path, capsys):
     [
         ([a_run(0, 0.9)], {}, 'two runs'),
         ([a_run(0, 0.9), a_run(1, 0.9)], {}, 'spread'),
-        ([a_run(0, 0.9), a_run(1, 0.8)], dict(data='y'), 'different data'),
+        ([a_run(0, 0.9), a_run(1, 0.8)], dict(data=dict(train='x', test='z')), 'different data'),
     ],
 )
 def test_what_cannot_be_compared(runs, header, word, tmp_path, capsys):
