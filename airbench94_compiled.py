@@ -855,12 +855,12 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     """
     Trains a network and returns it, in evaluation mode. Its attribute classes names the classes.
 
-    train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe). A copy of
-        it is used: what a callback assigns to it has no effect. Its first 5,000 images decide
-        how a new network whitens: shuffle images that are sorted. An epoch is a pass over its
-        images: for as many steps, half as many images need twice the epochs, and twice the
-        whiten_bias_epochs. CifarLoader(batch_size=hyp['batch_size'], aug=hyp['aug']) is the
-        recipe's.
+    train_loader: a CifarLoader, which stays as it is (default: CIFAR-10, by the recipe, read anew
+        in each call). A copy of it is used: what a callback assigns to it has no effect. Its first
+        5,000 images decide how a new network whitens: shuffle images that are sorted. An epoch is a
+        pass over its images: for as many steps, half as many images need twice the epochs, and
+        twice the whiten_bias_epochs. CifarLoader(batch_size=hyp['batch_size'], aug=hyp['aug']) is
+        the recipe's.
     test_loader: what to evaluate on (default: the test images of train_loader's folder, even if
         train_loader.images were replaced). Its images are normalised by train_loader's mean and
         std.
@@ -873,7 +873,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         labels, use a torch.Generator of your own. Trainings in two threads share the global ones,
         and cannot be reproduced. On a GPU the same seed does not give the same network: save a
         network that you will need again.
-    device: to train on (default: the loader's).
+    device: to train on (default: that of train_loader.images).
     dtype: see Net; or its name (default: the fastest on the device, see default_dtype).
     verbose: print a table.
     callback: is called as callback(net, row) after each epoch and after the final evaluation,

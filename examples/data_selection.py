@@ -33,6 +33,18 @@ def subset(loader, indices):
     return loader
 
 
+def check_log(path):
+    """Raises ValueError unless the file is of this program, or is not there or empty."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        is_own = 'arguments' in json.loads(path.read_text().splitlines()[0])
+    except (ValueError, TypeError):
+        is_own = False
+    if not is_own:
+        raise ValueError(f'{path} is not a log of this program: name another file with --log')
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -57,6 +69,8 @@ def main():
     args = parser.parse_args()
     if not 0 < args.epochs < math.inf:
         parser.error('--epochs must be more than 0')
+    if not 0 <= args.seed < 2**62:
+        parser.error(f'--seed must be from 0 to below 2**62, not {args.seed}')
     try:
         train_loader = CifarLoader(
             args.data, train=True, batch_size=1024, aug=dict(flip=True, translate=2)
@@ -66,10 +80,12 @@ def main():
         n = int(0.6 * len(train_loader.images))
         if n < train_loader.batch_size:
             raise ValueError(f'60% of the images are {n}, less than a batch')
+        check_log(args.log)
         args.log.parent.mkdir(parents=True, exist_ok=True)
         log = open(args.log, 'a', buffering=1)
     except (OSError, ValueError) as error:
-        print(f'data_selection: error: {error}', file=sys.stderr)
+        first_line = str(error).partition('\n')[0]
+        print(f'data_selection: error: {first_line}', file=sys.stderr)
         return 2
 
     print(

@@ -46,6 +46,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +57,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob('airbench9*.py'))
 PACK_SECONDS = 15
 # How a step is run. In captured-unnormalized Muon leaves the norms of the filters alone, which
 # bounds what there is to gain by scaling them in every eighth step only. In captured-padded
@@ -80,7 +82,25 @@ VARIANTS = (
 )
 
 
+OF_MUON_ALONE = (
+    'captured-unnormalized',
+    'captured-padded',
+    'captured-trimmed',
+    'captured-small-maps',
+    'captured-one-stream',
+)
+
+
 # ---------------------------------------------- Probe ---------------------------------------------
+
+
+def variants_of(script):
+    """Only two scripts compile their steps, and only one has Muon and small maps."""
+    if script == 'airbench94_muon':
+        return VARIANTS
+    if script == 'airbench94_compiled':
+        return [variant for variant in VARIANTS if variant not in OF_MUON_ALONE]
+    return ['eager']
 
 
 def make_step(module, variant, h, device, dtype):
@@ -594,7 +614,7 @@ def main():
     add('--seed', type=int, default=5000)
     add('--only', default='')
     add('--tiny', action='store_true')
-    add('--script', default='airbench94_muon')
+    add('--script', choices=[file.stem for file in SCRIPTS], default='airbench94_muon')
     add('--variant', choices=VARIANTS, default='captured')
     add('--widths', type=int, nargs=3)
     add('--target', choices=('94', '95', '96'), default='94')
@@ -605,14 +625,24 @@ def main():
         parser.error(f'there are no trials for {args.target}: search instead')
     sys.path.insert(0, str(ROOT))
     script = importlib.import_module('airbench94_muon')
-    if args.stage != 'probe':  # which names it in its record
-        try:
-            print(script.device_name(torch.device(args.device)), flush=True)
-        except (AssertionError, RuntimeError) as error:
-            parser.error(f'no device {args.device}: {str(error).splitlines()[0]}')
+    try:
+        name = script.device_name(torch.device(args.device))
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f'no device {args.device}: {str(error).splitlines()[0]}')
     if args.processes < 1:
         parser.error('--processes must be at least 1')
     args.work = args.work.resolve()  # what is started runs in another folder
+    if args.stage == 'probe':
+        if args.variant not in variants_of(args.script):
+            parser.error(f'{args.script} has no variant {args.variant}')
+    else:
+        print(name, flush=True)  # a probe names it in its record
+        try:  # now, as what cannot be packed is lost
+            for folder in (args.out, args.work / 'logs'):
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            parser.error(f'cannot write to {folder} ({error.strerror}): name another folder')
     if args.stage in ('runs', 'trials', 'search'):
         # Once, as processes that download or unpack CIFAR-10 at once get in each other's way.
         folder = args.data if args.data == 'synthetic' else ROOT / args.data

@@ -69,6 +69,13 @@ def new_axes(plt, size):
     return figure, axes
 
 
+def points_of(logs):
+    """PFLOPs a run and mean accuracy, in percent, of each log."""
+    return [
+        (runs[0]['pflops'], 100 * summarize.summarize(runs)['mean']) for _, runs in logs if runs
+    ]
+
+
 def plot_accuracy(plt, logs):
     """
     Accuracy against compute: ours filled, with 95% intervals, and hollow what others published.
@@ -80,8 +87,8 @@ def plot_accuracy(plt, logs):
         xscale='log',
         xlabel='PFLOPs a run, training and evaluation',
         ylabel='accuracy on the test images, %',
-        xlim=(0.14, 60),
-        ylim=(93.4, 96.6),
+        xlim=(min([0.14, *(x / 1.3 for x, _ in points_of(logs))]), 60),
+        ylim=(min([93.4, *(y - 0.6 for _, y in points_of(logs))]), 96.6),
     )
     for pflops, accuracy, name, offset in PUBLISHED:
         axes.plot(pflops, accuracy, 'D', color=GREY, markersize=8, fillstyle='none')

@@ -180,7 +180,8 @@ def seconds_to_the_first_step(script, data):
     stop = (
         'import os, sys\nsys.argv = [{0!r}, "--runs", "1", "--log", os.devnull, "--data", {1!r}]\n'
         'sys.path.insert(0, {2!r})\nimport {3} as script\n'
-        'script.train_step = lambda *args: os._exit(0)\nscript.main()'
+        'script.train_step = lambda *args: os._exit(0)\nscript.main()\n'
+        'sys.exit("no step was trained")'
     )
     codes = dict(
         first=stop.format(str(script), data, str(script.parent), script.stem),
@@ -227,6 +228,8 @@ def main():
     except (AssertionError, RuntimeError) as error:
         parser.error(f'no device {args.device}: {str(error).splitlines()[0]}')
     module, device = load(args.script.resolve()), torch.device(args.device)
+    if not 12 <= args.size <= 32:
+        parser.error('--size must be from 12 to 32')
     if args.size != 32 and 'sizes' not in module.hyp:
         parser.error(f'{args.script.stem} has no --size but 32')
     dtype = module.default_dtype(device)

@@ -4,6 +4,7 @@ tests/bench_step.py on a copy of airbench94.py made small: that what it prints i
 
 import json
 import statistics
+import subprocess
 import sys
 
 import bench_step
@@ -12,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import airbench94_compiled
+import airbench94_muon
 
 
 @pytest.fixture
@@ -69,17 +71,73 @@ def test_what_bounds_a_step(small, tmp_path, tiny, bench):
     )
 
 
-def test_against_another(small, bench):
-    out = bench(small, '--against', small, '--rounds', 3)
+def test_against_another(small, bench, tmp_path, monkeypatch):
+    """Each step is of its own script."""
+    other = tmp_path / 'other.py'
+    other.write_text(small.read_text())
+    timed, real_pieces = [], bench_step.pieces
+
+    def pieces(module, *args):
+        functions = real_pieces(module, *args)
+        step = functions['step']
+        return functions | {'step': lambda: (timed.append(module.__name__), step())}
+
+    monkeypatch.setattr(bench_step, 'pieces', pieces)
+    out = bench(small, '--against', other, '--rounds', 3)
     names = [line[:36].strip() for line in out.splitlines()[3:]]
     assert 'step / step of the other' in names and 'convolutions' not in names
+    assert timed == 5 * ['mine', 'other']  # two of the rounds warm up
+    sys.modules.pop('other')
+
+
+def test_the_size_of_the_images(monkeypatch, passed_through, bench, tmp_path):
+    """The step's images have it, and the FLOPs are those of it."""
+    seen = []
+    text = (ROOT / 'airbench94_muon.py').read_text()
+    for full, less in (
+        ('batch_size=2000', 'batch_size=100'),
+        ('widths=(72, 288, 384)', 'widths=(8, 8, 8)'),
+        ('5000 if train else 1000', '500 if train else 100'),
+    ):
+        assert full in text
+        text = text.replace(full, less)
+    script = tmp_path / 'mine.py'
+    script.write_text(text)
+    real_load = bench_step.load
+
+    def load(path):
+        module = real_load(path)
+        real_step = module.train_step
+
+        def step(net, optimizers, inputs, *args):
+            seen.append(inputs.shape[2:])
+            return real_step(net, optimizers, inputs, *args)
+
+        monkeypatch.setattr(module, 'train_step', step)
+        return module
+
+    monkeypatch.setattr(bench_step, 'load', load)
+    bench(script, '--size', 24, '--rounds', 3, '--json', tmp_path / 'bench.json')
+    assert set(seen[-6:]) == {(24, 24)}
+    (times, *_) = json.loads((tmp_path / 'bench.json').read_text())['rounds']
+    h = dict(airbench94_muon.hyp, widths=(8, 8, 8), batch_size=100, sizes=((24, 1.0),))
+    pflops = airbench94_muon.count_pflops(h, 1, 0)
+    assert times['step, TFLOP/s'] == pytest.approx(1e6 * pflops / times['step'])
+
+
+def test_a_first_step_that_is_none(tmp_path, tiny):
+    """As the script refuses the data: what it took to refuse is no time of a step."""
+    with pytest.raises(subprocess.CalledProcessError):
+        bench_step.seconds_to_the_first_step(ROOT / 'airbench94.py', str(tmp_path / 'none.pt'))
 
 
 def test_its_faults(small, tmp_path, monkeypatch, capsys):
     for arguments, word in (
         (('--rounds', 2), '--rounds'),
         (('--data', tmp_path), 'train.pt'),
-        (('--size', 24), '--size'),
+        (('--size', 24), 'has no --size but 32'),
+        (('--size', 40), '--size must be from 12 to 32'),
+        (('--size', 4), '--size must be from 12 to 32'),
         (('--against', tmp_path / 'none.py'), 'there is no script'),
         (('--against', ROOT / 'README.md'), 'there is no script'),
         (('--json', tmp_path / 'none' / 'a.json'), 'there is no folder for'),

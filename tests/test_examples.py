@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CIFAR10, ROOT, write_split
+from conftest import ROOT, write_split
 from test_summarize import summarize
 
 import airbench
@@ -118,6 +118,22 @@ def test_data_selection_that_diverges(tmp_path, monkeypatch, capsys, selection):
 def test_data_selection_for_no_epochs(monkeypatch, capsys):
     assert run_example('data_selection', ['--epochs', 0], monkeypatch) == 2
     assert '--epochs must be more than 0' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['notes\n', '{"type": "header", "script": "airbench94"}\n', '7\n'])
+def test_data_selection_adds_to_no_log_of_others(tmp_path, monkeypatch, capsys, text, selection):
+    log = tmp_path / 'log.jsonl'
+    log.write_text(text)
+    words = ['--data', tmp_path, '--log', log]
+    assert run_example('data_selection', words, monkeypatch) == 2 and log.read_text() == text
+    said = f'{log} is not a log of this program: name another file with --log\n'
+    assert capsys.readouterr().err == f'data_selection: error: {said}'
+
+
+@pytest.mark.parametrize('seed', (-1, 2**64))
+def test_data_selection_of_a_seed_that_is_none(monkeypatch, capsys, seed):
+    assert run_example('data_selection', ['--seed', seed], monkeypatch) == 2
+    assert f'--seed must be from 0 to below 2**62, not {seed}' in capsys.readouterr().err
 
 
 def test_data_selection_of_less_than_a_batch(tmp_path, monkeypatch, capsys, selection):
@@ -249,33 +265,3 @@ def test_an_examples_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     assert run_example('ablations', words, monkeypatch) == 2
     out, err = capsys.readouterr()
     assert out == '' and err.startswith('airbench94: error: lr must be a number above 0')
-
-
-@pytest.mark.parametrize('arm', ['random_flip', 'no_lookahead'])
-def test_the_ablations_results_follow_from_the_logs(arm):
-    baseline, other = (
-        summarize.read_logs([ROOT / 'results' / 'examples' / f'ablation_{name}.jsonl'])
-        for name in ('baseline', arm)
-    )
-    assert baseline[0]['data'] == other[0]['data'] == CIFAR10
-    a, b = (summarize.summarize(runs) for _, runs in (baseline, other))
-    test = summarize.welch(a, b)
-    row = (
-        f'| {100 * a["mean"]:.2f} | {100 * b["mean"]:.2f} | {a["n"]}, {b["n"]} '
-        f'| {100 * test["difference"]:+.2f} | '
-        f'{100 * test["interval"][0]:+.2f} to {100 * test["interval"][1]:+.2f} | {test["p"]:.2g} |'
-    )
-    page = (ROOT / 'results' / 'examples' / 'README.md').read_text()
-    assert row in page
-    what = dict(random_flip='flip may be worth', no_lookahead='Lookahead')[arm]
-    assert f'{what} up to {100 * test["interval"][1]:.1f}' in page
-
-
-def test_the_data_selection_follows_from_its_log():
-    lines = (ROOT / 'results' / 'examples' / 'data_selection.jsonl').read_text().splitlines()
-    header, *runs = [json.loads(line) for line in lines]
-    assert header['data'] == CIFAR10 and len(runs) == 3
-    for run in runs:
-        accuracy = 100 * run['tta_val_acc']
-        row = f'| {run["name"]} | {run["images"]:,} | {run["epochs"]:g} | {accuracy:.2f} |'
-        assert row in (ROOT / 'results' / 'examples' / 'README.md').read_text()

@@ -56,6 +56,17 @@ def test_both_figures_are_drawn(logs, tmp_path, capsys):
         assert f'<!-- {text} -->' in distribution.read_text(), text
 
 
+def test_points_far_from_the_published_ones_are_seen_too(tmp_path):
+    """As of a small network that is trained for a moment."""
+    runs = [dict(a_run(0, [0.8], 0.86), pflops=0.03), dict(a_run(1, [0.8], 0.87), pflops=0.03)]
+    header, runs = plot.summarize.read_logs([write_log(tmp_path / 'a', runs, hyperparameters=HYP)])
+    import matplotlib.pyplot as plt
+
+    (axes,) = plot.plot_accuracy(plt, [(header, runs)]).axes
+    (left, _), (bottom, _) = axes.get_xlim(), axes.get_ylim()
+    assert left < 0.03 and bottom < 86.5
+
+
 def test_the_points_are_those_of_the_logs(logs):
     header, runs = plot.summarize.read_logs(logs[:1])
     runs = runs[:2]

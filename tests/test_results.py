@@ -940,7 +940,9 @@ def test_what_else_the_page_of_airbench94_muon_says():
 def test_what_the_examples_found():
     page = ' '.join((RESULTS / 'examples' / 'README.md').read_text().split())
     lines = open(RESULTS / 'examples' / 'data_selection.jsonl')
-    runs = {run['name']: run for run in map(json.loads, lines) if run['type'] == 'run'}
+    header, *runs = map(json.loads, lines)
+    assert header['data'] == CIFAR10 and len(runs) == 3
+    runs = {run['name']: run for run in runs}
     for name, run in runs.items():
         cells = [
             name,
@@ -955,7 +957,8 @@ def test_what_the_examples_found():
     accuracies = {}
     for name in ('baseline', 'random_flip', 'no_lookahead'):
         lines = open(RESULTS / 'examples' / f'ablation_{name}.jsonl')
-        runs = [run for run in map(json.loads, lines) if run['type'] == 'run']
+        header, *runs = map(json.loads, lines)
+        assert header['data'] == CIFAR10 and len(runs) == 3
         accuracies[name] = [100 * run['tta_val_acc'] for run in runs]
     stds = [statistics.stdev(values) for values in accuracies.values()]
     assert f'scatter by {min(stds):.1f} to {max(stds):.1f} points (std)' in page
