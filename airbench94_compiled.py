@@ -621,8 +621,8 @@ def set_up_compiler():
 def compiled_net(net_class, widths, bn_momentum, scaling_factor, num_classes, device, dtype):
     """
     The one compiled network of this kind in the process. Each run replaces its weights. To keep
-    it, keep its state_dict(): in a copy of it, forward would still be that of the original.
-    net_class is Net, or what a user has put in its place.
+    it, keep a deepcopy of its state_dict(): in a copy of it, forward would still be that of the
+    original. net_class is Net, or what a user has put in its place.
 
     On a CPU only the evaluation is compiled, as inductor's BatchNorm and max-pooling are slower
     there in training than PyTorch's own.
@@ -660,9 +660,10 @@ class CapturedStep:
     net: of compiled_net.
     optimizer: of make_optimizer, for net. It is what train_step gets.
 
-    The optimizers must start from a state of zeros, of tensors alone: a number in it would stay as
-    it was recorded. On CUDA they must read lr on the GPU. PyTorch's optimizers with the argument
-    capturable do, and so does fused SGD: both are switched on here.
+    The optimizers must start from a state of zeros (that of NAdam, Rprop and ASGD is another), of
+    tensors alone: a number in it would stay as it was recorded. On CUDA they must read lr on the
+    GPU. PyTorch's optimizers with the argument capturable do, and so does fused SGD: both are
+    switched on here.
     """
 
     def __init__(self, net, optimizer, label_smoothing):
@@ -679,11 +680,15 @@ class CapturedStep:
             group['lr'] = torch.full((), group['lr'], dtype=torch.float32, device=self.device)
             if 'capturable' in group:  # as Adam and its like call it
                 group['capturable'] = self.is_cuda
-            elif 'fused' in group and self.is_cuda:
+            elif 'nesterov' in group and self.is_cuda:  # SGD
                 group['fused'] = True
+        self.addresses = self.current_addresses()
         # Of this device, which need not be the current one.
         self.stream = torch.cuda.Stream(self.device) if self.is_cuda else None
         self.recordings = {}
+
+    def current_addresses(self):
+        return [tensor.data_ptr() for tensor in [*self.net.parameters(), *self.net.buffers()]]
 
     def optimizer_state(self):
         """The tensors in it. Raises TypeError for numbers, which no replay would change."""
@@ -708,8 +713,8 @@ class CapturedStep:
         generator = torch.Generator().manual_seed(0)
         labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         for size in sizes:
-            # Trained first: PyTorch before 2.12 uses what it compiles first for both, and with the
-            # bias frozen that has no gradient for it.
+            # Trained first: should PyTorch overlook that the bias is frozen (see set_up_compiler),
+            # it computes a gradient for nothing. The other way round it would lack one.
             for is_trained in (True, False):
                 shape = (batch_size, 3, size, size)
                 if (shape, is_trained) in self.recordings:
@@ -758,6 +763,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             outputs = step()
+        self.net.zero_grad()  # their memory is the recording's, and no callback is to read it
 
         def replay():
             graph.replay()
@@ -794,6 +800,10 @@ def captured_step(h, num_classes, device, dtype):
     another change, as of Block, call captured_steps.clear() and compiled_net.cache_clear().
     """
     set_up_compiler()
+    if any(old.addresses != old.current_addresses() for old in captured_steps.values()):
+        # A callback has moved the network, and the recordings would go on with its old memory.
+        captured_steps.clear()
+        compiled_net.cache_clear()
     of_step = {key: value for key, value in h.items() if key not in NOT_IN_STEP}
     net = compiled_net(Net, tuple(h['widths']), h['bn_momentum'], h['scaling_factor'],
                        num_classes, device, dtype)
@@ -803,11 +813,7 @@ def captured_step(h, num_classes, device, dtype):
     values = repr((of_step, num_classes, device, dtype, optimizer))
     key = values, Net, make_optimizer, train_step
     if key not in captured_steps:
-        while captured_steps:
-            _, old = captured_steps.popitem()
-            # Else the gradients, and this name, keep the memory of the old recordings.
-            old.net.zero_grad()
-            del old
+        captured_steps.clear()  # first, as the memory of both may be too much
         captured_steps[key] = CapturedStep(net, optimizer, h['label_smoothing'])
     captured_steps[key].record_all(image_sizes(h), h['batch_size'])
     return captured_steps[key]
@@ -867,7 +873,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
     net: a Net to train, in place, its first layer as it is (default: a new one, whitened). It
         has its own device, dtype, widths, bn_momentum and scaling_factor, whatever is given here.
         The schedule, the optimizer and Lookahead begin anew. When compiled, only its weights are
-        used: a forward, hooks or frozen parameters of its own have no effect.
+        used, and they are set at the end: a forward, hooks or frozen parameters of its own have no
+        effect.
     seed: sets PyTorch's global generators (default: they go on from where they are). So what you
         draw from these after a training is the same after each of that seed: for random subsets or
         labels, use a torch.Generator of your own. Trainings in two threads share the global ones,
@@ -972,6 +979,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         seconds += synchronized_time(device) - start
 
         net.eval()
+        if h['compile']:
+            net.whiten.bias.requires_grad_(False)  # else it is compiled once more when frozen
         stop = False
         if evaluates:
             row = dict(
@@ -1162,9 +1171,9 @@ def report(row, net, state, verbose, callback):
     if is_number or is_array or stop not in (None, False, True):
         raise TypeError('callback must return None, or True to end the training, not '
                         f'{stop!r:.50}')
-    # Lookahead and, when compiled, the next training would go on with the tensors that it had.
+    # Lookahead would go on with the tensors that the network had.
     now = {tensor.data_ptr() for tensor in net.state_dict().values()}
-    if any(tensor.data_ptr() not in now for tensor in state):
+    if row['epoch'] != 'eval' and any(tensor.data_ptr() not in now for tensor in state):
         raise RuntimeError('callback must not move net or change its dtype: use copies of its '
                            'state_dict()')
     return stop
@@ -1571,6 +1580,8 @@ def main():
         if args.device.type == 'cuda' and local_rank >= gpus:
             raise ValueError(f'torchrun starts more processes than the {gpus} GPUs: give it a '
                              'lower --nproc-per-node')
+        if args.device.index is not None and world_size > 1:
+            raise ValueError(f'under torchrun all would run on {args.device}: use --device cuda')
         train_loader = CifarLoader(args.data, batch_size=h['batch_size'], aug=h['aug'],
                                    altflip=h['altflip'], device=args.device)
         test_loader = CifarLoader(args.data, train=False, device=args.device)

@@ -839,9 +839,9 @@ def report(row, net, state, verbose, callback):
     if is_number or is_array or stop not in (None, False, True):
         raise TypeError('callback must return None, or True to end the training, not '
                         f'{stop!r:.50}')
-    # Lookahead and, when compiled, the next training would go on with the tensors that it had.
+    # Lookahead would go on with the tensors that the network had.
     now = {tensor.data_ptr() for tensor in net.state_dict().values()}
-    if any(tensor.data_ptr() not in now for tensor in state):
+    if row['epoch'] != 'eval' and any(tensor.data_ptr() not in now for tensor in state):
         raise RuntimeError('callback must not move net or change its dtype: use copies of its '
                            'state_dict()')
     return stop
@@ -1245,6 +1245,8 @@ def main():
         if args.device.type == 'cuda' and local_rank >= gpus:
             raise ValueError(f'torchrun starts more processes than the {gpus} GPUs: give it a '
                              'lower --nproc-per-node')
+        if args.device.index is not None and world_size > 1:
+            raise ValueError(f'under torchrun all would run on {args.device}: use --device cuda')
         train_loader = CifarLoader(args.data, batch_size=h['batch_size'], aug=h['aug'],
                                    altflip=h['altflip'], device=args.device)
         test_loader = CifarLoader(args.data, train=False, device=args.device)

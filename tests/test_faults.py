@@ -294,6 +294,7 @@ def test_more_ranks_than_gpus(main, monkeypatch):
     assert threads == [2]  # the processes of a machine share its 7 cores
     monkeypatch.setenv('OMP_NUM_THREADS', '3')  # the user's own number
     assert main(airbench94, '--device', 'cpu')[0] == 0 and threads == [2]
+    monkeypatch.setenv('WORLD_SIZE', '3')
     on_cuda = SimpleNamespace(h={}, device=torch.device('cuda'))
     monkeypatch.setattr(airbench94, 'parse_arguments', lambda: on_cuda)
     code, out, err = main(airbench94)
@@ -301,7 +302,10 @@ def test_more_ranks_than_gpus(main, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
     with pytest.raises(AttributeError, match='data'):  # it gets further than that
         main(airbench94)
-    assert used == [1]
+    on_cuda.device = torch.device('cuda:0')
+    code, out, err = main(airbench94)
+    assert code == 2 and out == '' and 'all would run on cuda:0: use --device cuda' in err
+    assert used == [1, 1]
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])

@@ -325,7 +325,7 @@ def test_what_is_said_of_the_h200():
         f'{compiled}; airbench94_muon.py {first} at its first start, {again[0]} and {again[1]} at '
         'later ones.'
     ) in text
-    assert f'takes {first} s until the first run' in ' '.join(airbench94_muon.__doc__.split())
+    assert f'took {first} s until the first run' in ' '.join(airbench94_muon.__doc__.split())
 
 
 def test_the_runs_of_airbench94_muon_are_not_the_searchs():
