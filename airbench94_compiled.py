@@ -99,6 +99,8 @@ def load_split(path, train):
     if str(path) == 'synthetic':
         return synthetic_split(train)
     folder = Path(os.path.expanduser(path))
+    if str(folder).startswith('~'):
+        raise FileNotFoundError(f'there is no home folder for {path}')
     if folder.is_file():
         raise ValueError(f'{folder} is a file: name the folder that it is in')
     files = [folder / 'train.pt', folder / 'test.pt']
@@ -470,7 +472,7 @@ def make_optimizer(net, h):
 
     What has norm in its name gets lr times bias_scaler, all else lr.
 
-    Another optimizer of PyTorch can be returned, whose step needs no closure; its lr follows the
+    Any optimizer of PyTorch whose step needs no closure can be returned; its lr follows the
     schedule. A schedule-free one does not fit, as train does not call its eval(). In float16 Adam
     gives NaN, as its eps of 1e-8 is 0 there: train in another dtype, or with eps=1e-4.
     """
@@ -875,8 +877,8 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
         The schedule, the optimizer and Lookahead begin anew. When compiled, only its weights are
         used, and they are set at the end: a forward, hooks or frozen parameters of its own have no
         effect.
-    seed: sets PyTorch's global generators (default: they go on from where they are). So what you
-        draw from these after a training is the same after each of that seed: for random subsets or
+    seed: sets PyTorch's global generators (default: they go on from where they are). With the same
+        seed, what you draw from these after the training is the same too: for random subsets or
         labels, use a torch.Generator of your own. Trainings in two threads share the global ones,
         and cannot be reproduced. On a GPU the same seed does not give the same network: save a
         network that you will need again.
@@ -980,7 +982,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 
         net.eval()
         if h['compile']:
-            net.whiten.bias.requires_grad_(False)  # else it is compiled once more when frozen
+            net.whiten.bias.requires_grad_(False)  # else evaluate compiles again when it is
         stop = False
         if evaluates:
             row = dict(
@@ -1198,17 +1200,17 @@ def check_data(train_loader, test_loader):
         if not 0 <= lowest <= highest <= 1:
             raise ValueError(f'{name}.images must be from 0 to 1, as by / 255, not from '
                              f'{lowest:.3g} to {highest:.3g}')
-        mean = torch.as_tensor(loader.mean)
-        std = torch.as_tensor(loader.std)
-        if not (0 <= mean.min() <= mean.max() <= 1 and 0 < std.min() <= std.max()):
-            raise ValueError(f'{name}.mean must be from 0 to 1, as the images are, and std above '
-                             f'0, not {mean.tolist()} and {std.tolist()}')
         if loader.labels.dtype != torch.int64:
             raise ValueError(f'{name}.labels must be int64, as by .long(), not '
                              f'{loader.labels.dtype}')
         if not 0 <= loader.labels.min() <= loader.labels.max() < num_classes:
             raise ValueError(f'{name}.labels must be from 0 to {num_classes - 1}, as train_loader '
                              f'has {num_classes} classes: set labels in both loaders')
+    mean = torch.as_tensor(train_loader.mean)  # those of test_loader are not used
+    std = torch.as_tensor(train_loader.std)
+    if not (0 <= mean.min() <= mean.max() <= 1 and 0 < std.min() <= std.max()):
+        raise ValueError('train_loader.mean must be from 0 to 1, as the images are, and std above '
+                         f'0, not {mean.tolist()} and {std.tolist()}')
 
 
 def cpu_capabilities():
@@ -1515,7 +1517,10 @@ def parse_arguments():
         return torch.device(text)
 
     def path(text):
-        return Path(os.path.expanduser(text))
+        expanded = os.path.expanduser(text)
+        if expanded.startswith('~'):
+            raise argparse.ArgumentTypeError(f'there is no home folder for {text}')
+        return Path(expanded)
 
     def value(text):
         """A Python value, or the text itself, which merge then refuses by its flag's name."""
@@ -1565,9 +1570,9 @@ def main():
     rank = int(os.environ.get('RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     gpus = torch.cuda.device_count()
     if 'LOCAL_RANK' in os.environ:
-        local_world_size = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         # torchrun sets 1 where there are several processes and the user has set no number. This is
         # replaced by the process's share of the cores. A user's own 1 looks the same.
         if os.environ.get('OMP_NUM_THREADS') == '1':
@@ -1580,8 +1585,8 @@ def main():
         if args.device.type == 'cuda' and local_rank >= gpus:
             raise ValueError(f'torchrun starts more processes than the {gpus} GPUs: give it a '
                              'lower --nproc-per-node')
-        if args.device.index is not None and world_size > 1:
-            raise ValueError(f'under torchrun all would run on {args.device}: use --device cuda')
+        if args.device.type == 'cuda' and args.device.index is not None and local_world_size > 1:
+            raise ValueError(f'torchrun would start all on {args.device}: use --device cuda')
         train_loader = CifarLoader(args.data, batch_size=h['batch_size'], aug=h['aug'],
                                    altflip=h['altflip'], device=args.device)
         test_loader = CifarLoader(args.data, train=False, device=args.device)

@@ -195,7 +195,6 @@ def synchronize(device):
 
 
 def probe(args):
-    start = time.perf_counter()
     module = importlib.import_module(args.script)
     device = torch.device(args.device)
     dtype = module.default_dtype(device)
@@ -237,10 +236,10 @@ def probe(args):
             for _ in range(n_first):
                 step(inputs, labels)
         synchronize(device)
-        record['ready_seconds'] = time.perf_counter() - start
+        record['ready_seconds'] = time.perf_counter() - args.start
         # The clock rate of a GPU that has been idle takes a while to rise. By blocks, lest the host
         # launch far more steps than the GPU does in this time.
-        while time.perf_counter() - start < record['ready_seconds'] + warm_seconds:
+        while time.perf_counter() - args.start < record['ready_seconds'] + warm_seconds:
             time_block(step, inputs, labels, device, n_steps)
         blocks = [time_block(step, inputs, labels, device, n_steps) for _ in range(n_blocks)]
         times, host_times = zip(*blocks, strict=True)
@@ -621,6 +620,7 @@ def main():
     add('--processes', type=int, default=6)
     add('--runs', type=int, default=320)
     args = parser.parse_args()
+    args.start = time.perf_counter()
     if args.stage == 'trials' and args.target not in TRIALS:
         parser.error(f'there are no trials for {args.target}: search instead')
     sys.path.insert(0, str(ROOT))
@@ -634,7 +634,7 @@ def main():
     args.work = args.work.resolve()  # what is started runs in another folder
     if args.stage == 'probe':
         if args.variant not in variants_of(args.script):
-            parser.error(f'{args.script} has no variant {args.variant}')
+            parser.error(f'{args.script} has only {", ".join(variants_of(args.script))}')
     else:
         print(name, flush=True)  # a probe names it in its record
         try:  # now, as what cannot be packed is lost

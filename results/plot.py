@@ -70,9 +70,11 @@ def new_axes(plt, size):
 
 
 def points_of(logs):
-    """PFLOPs a run and mean accuracy, in percent, of each log."""
+    """PFLOPs a run and mean accuracy, in percent, of each log that is drawn."""
     return [
-        (runs[0]['pflops'], 100 * summarize.summarize(runs)['mean']) for _, runs in logs if runs
+        (runs[0]['pflops'], 100 * summarize.summarize(runs)['mean'])
+        for header, runs in logs
+        if header['script'] in OURS
     ]
 
 
@@ -83,17 +85,22 @@ def plot_accuracy(plt, logs):
     logs: a header and its finished runs for each script, and for each other recipe of it.
     """
     figure, axes = new_axes(plt, (8, 4.5))
+    points = points_of(logs)
     axes.set(
         xscale='log',
         xlabel='PFLOPs a run, training and evaluation',
         ylabel='accuracy on the test images, %',
-        xlim=(min([0.14, *(x / 1.3 for x, _ in points_of(logs))]), 60),
-        ylim=(min([93.4, *(y - 0.6 for _, y in points_of(logs))]), 96.6),
+        # Wider where there are points far from the published ones.
+        xlim=(min([0.14, *(x / 1.3 for x, _ in points)]), max([60, *(2 * x for x, _ in points)])),
+        ylim=(
+            min([93.4, *(y - 0.6 for _, y in points)]),
+            max([96.6, *(y + 0.4 for _, y in points)]),
+        ),
     )
     for pflops, accuracy, name, offset in PUBLISHED:
         axes.plot(pflops, accuracy, 'D', color=GREY, markersize=8, fillstyle='none')
         axes.annotate(name, (pflops, accuracy), offset, textcoords='offset points', fontsize=9)
-    points = {}
+    drawn = {}
     for header, runs in logs:
         script = header['script']
         if script not in OURS:
@@ -105,10 +112,10 @@ def plot_accuracy(plt, logs):
             low, high = (100 * end for end in summary['interval'])
             axes.plot([x, x], [low, high], '-', color=color)
         axes.plot(x, y, 'o', color=color, markersize=8)
-        if script in points:  # of another recipe, which has its name already
-            axes.plot(*zip(points[script], (x, y), strict=True), '--', color=color)
+        if script in drawn:  # of another recipe, which has its name already
+            axes.plot(*zip(drawn[script], (x, y), strict=True), '--', color=color)
             continue
-        points[script] = x, y
+        drawn[script] = x, y
         axes.annotate(
             f'{script}.py',
             (x, y),

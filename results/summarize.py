@@ -79,7 +79,7 @@ def read_logs(paths):
                     if recipe.setdefault(key, value) != value:
                         # The data are hashes, which say nothing to a reader.
                         values = '' if key == 'data' else f': {value}, not {recipe[key]}'
-                        raise ValueError(f'{path} is of another {key} than {paths[0]}{values}')
+                        raise ValueError(f'{path} differs from {paths[0]} in {key}{values}')
                 header = record
             else:
                 if record['seed'] in seeds:

@@ -234,6 +234,12 @@ def main():
         parser.error(f'{args.script.stem} has no --size but 32')
     dtype = module.default_dtype(device)
 
+    starts = []
+    try:
+        while args.data and len(starts) < max(1, args.rounds // 5):
+            starts.append(seconds_to_the_first_step(args.script.resolve(), args.data))
+    except subprocess.CalledProcessError:  # it has said why
+        parser.error(f'{args.script.stem} trains no step on {args.data}')
     functions = pieces(module, device, dtype, args.size)
     if args.against:
         other = load(args.against.resolve())
@@ -265,17 +271,15 @@ def main():
             times['lookahead'] /= 5  # it comes every fifth step
         times['step, TFLOP/s'] = 1e6 * pflops / times['step']
         times |= {f'{a} / {b}': times[a] / times[b] for a, b in RATIOS if a in times and b in times}
-    if args.data:
-        for _ in range(max(1, args.rounds // 5)):
-            seconds = seconds_to_the_first_step(args.script.resolve(), args.data)
-            rounds.append(
-                {
-                    'first step, s': seconds['first'],
-                    'import torch, s': seconds['torch'],
-                    'import torch + files, s': seconds['files'],
-                    'first step / (import torch + files)': seconds['first'] / seconds['files'],
-                }
-            )
+    for seconds in starts:
+        rounds.append(
+            {
+                'first step, s': seconds['first'],
+                'import torch, s': seconds['torch'],
+                'import torch + files, s': seconds['files'],
+                'first step / (import torch + files)': seconds['first'] / seconds['files'],
+            }
+        )
 
     print(
         f'\n{args.script.stem}: {dtype} on {module.device_name(device)}, '

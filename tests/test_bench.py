@@ -4,7 +4,6 @@ tests/bench_step.py on a copy of airbench94.py made small: that what it prints i
 
 import json
 import statistics
-import subprocess
 import sys
 
 import bench_step
@@ -125,10 +124,18 @@ def test_the_size_of_the_images(monkeypatch, passed_through, bench, tmp_path):
     assert times['step, TFLOP/s'] == pytest.approx(1e6 * pflops / times['step'])
 
 
-def test_a_first_step_that_is_none(tmp_path, tiny):
+def test_a_first_step_that_is_none(small, tmp_path, monkeypatch, capsys):
     """As the script refuses the data: what it took to refuse is no time of a step."""
-    with pytest.raises(subprocess.CalledProcessError):
-        bench_step.seconds_to_the_first_step(ROOT / 'airbench94.py', str(tmp_path / 'none.pt'))
+    for name in ('train.pt', 'test.pt'):
+        torch.save({}, tmp_path / name)
+    words = ['bench_step.py', small, '--data', tmp_path, '--json', tmp_path / 'bench.json']
+    monkeypatch.setattr(sys, 'argv', list(map(str, words)))
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(bench_step, 'pieces', None)  # nothing is timed before
+    with pytest.raises(SystemExit, match='2'):
+        bench_step.main()
+    assert f'mine trains no step on {tmp_path}' in capsys.readouterr().err.splitlines()[-1]
+    sys.modules.pop('mine')
 
 
 def test_its_faults(small, tmp_path, monkeypatch, capsys):

@@ -323,15 +323,13 @@ def test_a_network_of_the_recipe_in_other_words_may_be_replaced(main):
     assert code == 2 and 'not a network of this recipe' in err
 
 
-def test_a_folder_of_nobody(main, monkeypatch):
-    """~name where there is no such user is a folder of that name, as it is for the shell."""
-    code, _, err = main(airbench94, '--save', '~no such user/nets', log='~no such user/log.jsonl')
-    assert (code, err) == (0, '')
-    assert names(Path('~no such user')) == ['log.jsonl', 'nets']
-    monkeypatch.setenv('AIRBENCH_DATA', '~no such user/nets')
-    Path('~no such user/nets/train.pt').touch()
-    with pytest.raises(ValueError, match='train.pt must hold'):
-        airbench94.CifarLoader()
+@pytest.mark.parametrize('option', ('--save', '--log', '--data'))
+def test_a_folder_of_nobody(main, option):
+    """It is a mistake, and no name of a folder."""
+    code, out, err = main(airbench94, option, '~no such user/folder')
+    assert code == 2 and out == '' and len(err.splitlines()) == 1
+    assert 'there is no home folder for ~no such user/folder' in err
+    assert not any(name.startswith('~') for name in os.listdir())
 
 
 def test_a_diverged_run_is_not_saved(main):

@@ -293,8 +293,7 @@ def test_more_ranks_than_gpus(main, monkeypatch):
     assert main(airbench94, '--device', 'cpu')[0] == 0 and used == []
     assert threads == [2]  # the processes of a machine share its 7 cores
     monkeypatch.setenv('OMP_NUM_THREADS', '3')  # the user's own number
-    assert main(airbench94, '--device', 'cpu')[0] == 0 and threads == [2]
-    monkeypatch.setenv('WORLD_SIZE', '3')
+    assert main(airbench94, '--device', 'cpu:0')[0] == 0 and threads == [2]
     on_cuda = SimpleNamespace(h={}, device=torch.device('cuda'))
     monkeypatch.setattr(airbench94, 'parse_arguments', lambda: on_cuda)
     code, out, err = main(airbench94)
@@ -304,8 +303,11 @@ def test_more_ranks_than_gpus(main, monkeypatch):
         main(airbench94)
     on_cuda.device = torch.device('cuda:0')
     code, out, err = main(airbench94)
-    assert code == 2 and out == '' and 'all would run on cuda:0: use --device cuda' in err
-    assert used == [1, 1]
+    assert code == 2 and out == '' and 'start all on cuda:0: use --device cuda' in err
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')  # of one GPU each on several machines
+    with pytest.raises(AttributeError, match='data'):
+        main(airbench94)
+    assert used == [1, 1, 1]
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
@@ -365,10 +367,6 @@ def spoil(loader, name, change):
     ('batch_size', float, 'batch_size must be a whole number, not 50'),
     ('mean', lambda mean: (0.5, 0.5), 'mean and std must be three numbers each, not .0.5, 0.5.'),
     ('std', lambda std: 0.2, 'mean and std must be three numbers each'),
-    ('mean', lambda mean: 255 * mean, 'mean must be from 0 to 1, .* and std above 0, not .125'),
-    ('mean', lambda mean: mean * float('nan'), 'mean must be from 0 to 1, .* not .nan'),
-    ('std', lambda std: (0, 0, 0), r'and std above 0, not .* and .0, 0, 0'),
-    ('std', lambda std: std * float('nan'), 'and std above 0, not .* and .nan'),
 ])  # fmt: skip
 def test_data_are_checked_before_training(one_batch, monkeypatch, which, name, change, message):
     monkeypatch.setattr(airbench94, 'Net', None)
@@ -379,6 +377,24 @@ def test_data_are_checked_before_training(one_batch, monkeypatch, which, name, c
     spoil(loaders[which], name, change)
     with pytest.raises(ValueError, match=message):
         train(**loaders, epochs=1, **SMALL)
+
+
+@pytest.mark.parametrize('name, change, message', [
+    ('mean', lambda mean: 255 * mean, 'mean must be from 0 to 1, .* and std above 0, not .125'),
+    ('mean', lambda mean: mean * float('nan'), 'mean must be from 0 to 1, .* not .nan'),
+    ('std', lambda std: (0, 0, 0), 'and std above 0, not .* and .0, 0, 0'),
+    ('std', lambda std: std * float('nan'), 'and std above 0, not .* and .nan'),
+])  # fmt: skip
+def test_mean_and_std_are_checked_before_training(one_batch, monkeypatch, name, change, message):
+    """Those of train_loader: train uses them for the images of test_loader too."""
+    loader = CifarLoader(one_batch, batch_size=50)
+    test_loader = CifarLoader(one_batch, train=False)
+    spoil(test_loader, name, change)
+    train(loader, test_loader, epochs=1, **SMALL)
+    monkeypatch.setattr(airbench94, 'Net', None)
+    spoil(loader, name, change)
+    with pytest.raises(ValueError, match=message):
+        train(loader, test_loader, epochs=1, **SMALL)
 
 
 def test_a_loader_is_checked_with_the_keywords_of_train(one_batch):

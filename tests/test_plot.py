@@ -57,14 +57,21 @@ def test_both_figures_are_drawn(logs, tmp_path, capsys):
 
 
 def test_points_far_from_the_published_ones_are_seen_too(tmp_path):
-    """As of a small network that is trained for a moment."""
-    runs = [dict(a_run(0, [0.8], 0.86), pflops=0.03), dict(a_run(1, [0.8], 0.87), pflops=0.03)]
-    header, runs = plot.summarize.read_logs([write_log(tmp_path / 'a', runs, hyperparameters=HYP)])
+    """As of a small network that is trained for a moment, or of a large one for days."""
     import matplotlib.pyplot as plt
 
-    (axes,) = plot.plot_accuracy(plt, [(header, runs)]).axes
-    (left, _), (bottom, _) = axes.get_xlim(), axes.get_ylim()
-    assert left < 0.03 and bottom < 86.5
+    logs = []
+    for script, accuracy, pflops in (
+        ('airbench94', 0.86, 0.03),
+        ('airbench96', 0.98, 70.0),
+        ('mine', 0.5, 0.001),  # which is not drawn
+    ):
+        runs = [dict(a_run(seed, [0.8], accuracy), pflops=pflops) for seed in (0, 1)]
+        log = write_log(tmp_path / script, runs, hyperparameters=HYP, script=script)
+        logs.append(plot.summarize.read_logs([log]))
+    (axes,) = plot.plot_accuracy(plt, logs).axes
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert 0.01 < left < 0.03 and 70 < right and 85 < bottom < 86 and 98 < top
 
 
 def test_the_points_are_those_of_the_logs(logs):

@@ -62,7 +62,7 @@ def test_a_hyperparameter_is_compared_among_the_logs_that_have_it(tmp_path):
     ]
     assert len(summarize.read_logs(logs)[1]) == 3
     write_log(tmp_path / 'c', [a_run(2, 0.93)], hyperparameters=young | dict(altflip=False))
-    with pytest.raises(ValueError, match='another altflip than .*a: False, not True'):
+    with pytest.raises(ValueError, match='differs from .*a in altflip: False, not True'):
         summarize.read_logs(logs)
 
 
@@ -205,7 +205,7 @@ def test_against(tmp_path, capsys):
         in capsys.readouterr().out
     )
     assert summarize.main([mine, subset]) == 2
-    assert capsys.readouterr().err == f'summarize: error: {subset} is of another data than {mine}\n'
+    assert capsys.readouterr().err == f'summarize: error: {subset} differs from {mine} in data\n'
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ run: changes, seed, steps, PFLOPs (training, optimiser and test-time augmentatio
 without test-time augmentation, with the mirrored pair, and with `selective`: for the tta_share of
 the images that the pair leaves least sure, all nine one-pixel translations, mirrored. `budget`, in
 PFLOPs, sets the number of steps. With `train_images` below 50,000 there is `held_out` too, the
-accuracy of the other images with the mirrored pair. `diverged` is a run whose loss is not finite in
-the end, and whose accuracy says nothing. With a `proxy`, epochs, train_loss and train_acc are of
-the images that it passes on, and proxy_loss is its own on these. With "save" the trained weights go
-to a file of that name.
+accuracy of the other images with the mirrored pair. `diverged` is a run whose loss, or its
+proxy's, is not finite in the end: its accuracy says nothing. With a `proxy`, epochs, train_loss and
+train_acc are of the images that it passes on, and proxy_loss is its own on these. With "save" the
+trained weights go to a file of that name.
 """
 
 import json
@@ -125,8 +125,8 @@ base = dict(
     # this share of each batch has a backward pass through block 1 and the whitening layer, and is
     # normalised there by its own mean and variance
     block1_share=1.0,
-    # [start, share]: then the share of images with least loss, when last seen, is skipped every
-    # other time
+    # [start, share]: then the share of images with least loss (the proxy's, if there is one), when
+    # last seen, is skipped every other time
     prune=None,
     # [widths, share, every]: a small network, the proxy, passes on this share of a batch, the
     # images with the most loss, and is trained on them in every so many batches. A stage's batch
