@@ -534,6 +534,14 @@ def test_what_is_said_of_the_trials_for_95():
     assert f'and in {cutout["dtype"]}, not {header["dtype"]}.' in page
     assert cutout['pflops'] == pytest.approx(long['pflops'], rel=0.01)
     assert f'{100 * cutout["train_acc"]:.1f}% of the last ten batches' in page
+    (proxied,) = map(json.loads, open(folder / 'proxy.jsonl'))
+    said = f'no clear gain: {100 * proxied["selective"]:.2f} after {100 * cutout["selective"]:.2f},'
+    said += ' for the same compute, in single runs by search.py '
+    assert f'{said}in {proxied["dtype"]} and {cutout["dtype"]}.' in page
+    assert proxied['pflops'] == pytest.approx(cutout['pflops'], rel=0.01)
+    assert proxied['changes'] == cutout['changes'] | dict(proxy=[[32, 64, 64], 0.5, 4])
+    said = f'was trained on {proxied["epochs"]:.1f} epochs, not {cutout["epochs"]:.1f}; '
+    assert f'{said}it had {100 * proxied["train_acc"]:.1f}% of the last ten batches' in page
     (pruned,) = map(json.loads, open(folder / 'fewer_easy.jsonl'))
     header, (again,) = summarize.read_logs([folder / 'script.jsonl'])
     two = [100 * pruned['selective'], 100 * again['tta_val_acc']]
