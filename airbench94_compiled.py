@@ -98,9 +98,10 @@ def load_split(path, train):
     """
     if str(path) == 'synthetic':
         return synthetic_split(train)
-    folder = Path(os.path.expanduser(path))
-    if str(folder).startswith('~'):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith('~'):
         raise FileNotFoundError(f'there is no home folder for {path}')
+    folder = Path(expanded)
     if folder.is_file():
         raise ValueError(f'{folder} is a file: name the folder that it is in')
     files = [folder / 'train.pt', folder / 'test.pt']
@@ -682,7 +683,7 @@ class CapturedStep:
             group['lr'] = torch.full((), group['lr'], dtype=torch.float32, device=self.device)
             if 'capturable' in group:  # as Adam and its like call it
                 group['capturable'] = self.is_cuda
-            elif 'nesterov' in group and self.is_cuda:  # SGD
+            elif self.is_cuda and 'fused' in group and 'nesterov' in group:  # SGD
                 group['fused'] = True
         self.addresses = self.current_addresses()
         # Of this device, which need not be the current one.
@@ -765,7 +766,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             outputs = step()
-        self.net.zero_grad()  # their memory is the recording's, and no callback is to read it
+        self.net.zero_grad()  # else a callback could read the gradients of another step
 
         def replay():
             graph.replay()
@@ -982,7 +983,7 @@ def train(train_loader=None, test_loader=None, *, net=None, seed=None, device=No
 
         net.eval()
         if h['compile']:
-            net.whiten.bias.requires_grad_(False)  # else evaluate compiles again when it is
+            net.whiten.bias.requires_grad_(False)  # from the first epoch on: compiles only once
         stop = False
         if evaluates:
             row = dict(

@@ -90,9 +90,10 @@ def load_split(path, train):
     """
     if str(path) == 'synthetic':
         return synthetic_split(train)
-    folder = Path(os.path.expanduser(path))
-    if str(folder).startswith('~'):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith('~'):
         raise FileNotFoundError(f'there is no home folder for {path}')
+    folder = Path(expanded)
     if folder.is_file():
         raise ValueError(f'{folder} is a file: name the folder that it is in')
     files = [folder / 'train.pt', folder / 'test.pt']

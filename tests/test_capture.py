@@ -416,6 +416,21 @@ def test_any_optimizer_is_captured(tiny, passed_through, monkeypatch):
     assert (weights_of(plain) - weights_of(first)).norm() < 0.01 * weights_of(plain).norm()
 
 
+@MODULES
+def test_only_sgd_is_made_fused(module, monkeypatch):
+    """Adagrad has made its state before, as one that is not fused needs it."""
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: None)
+    weight = SimpleNamespace(is_cuda=True, device=torch.device('cpu'))
+    net = SimpleNamespace(linear=SimpleNamespace(weight=weight), parameters=list, buffers=list)
+    fused = {}
+    for name in ('SGD', 'Adagrad', 'AdamW'):
+        optimizer = getattr(torch.optim, name)([torch.zeros(2, requires_grad=True)], lr=0.1)
+        (group,) = module.CapturedStep(net, optimizer, label_smoothing=0.2).groups
+        fused[name] = bool(group['fused'])
+        assert group.get('capturable') is (True if name == 'AdamW' else None)
+    assert fused == dict(SGD=True, Adagrad=False, AdamW=False)
+
+
 class Counting(torch.optim.SGD):
     """With a number in its state, as optimizers from papers have it."""
 

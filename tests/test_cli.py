@@ -332,6 +332,12 @@ def test_a_folder_of_nobody(main, option):
     assert not any(name.startswith('~') for name in os.listdir())
 
 
+def test_a_folder_whose_name_begins_with_a_tilde(main, one_batch):
+    os.symlink(one_batch, '~data')
+    code, _, err = main(airbench94, '--data', './~data', '--save', './~nets')
+    assert (code, err) == (0, '') and names(Path('~nets')) == ['airbench94-seed0.pt']
+
+
 def test_a_diverged_run_is_not_saved(main):
     assert main(airbench94, '--scaling_factor', 1e90, '--save', '.')[0] == 0
     assert names(Path('.')) == ['log.jsonl']

@@ -782,7 +782,7 @@ def test_the_table_of_the_runs_on_half_of_the_data_is_their_log():
 
 
 def search_variants(runs):
-    """Recipes, apart from how long they train, where, by which program, and how they are tested."""
+    """Recipes, apart from how long they train, by which program, and how they are tested."""
     found = set()
     for run in runs:
         other = ('budget', 'seed', 'tta_share', 'by')

@@ -541,7 +541,8 @@ def make_learner(h):
 def set_lr(learner, factor, whitened):
     """
     factor: the lr's share of its peak.
-    whitened: the share that is over of the time that the whitening layer's bias trains for.
+    whitened: how much of the training of the whitening layer's bias is over: 0 at first, 1 and more
+        when it is frozen.
     """
     for group, peak in zip(learner.sgd.param_groups, learner.peaks, strict=True):
         group['lr'] = peak * factor
@@ -682,9 +683,9 @@ def run(changes, seed, save=None):
                 set_lr(each_learner, factor, whitened)
             if h.proxy:
                 trains = step % every == 0
-                hard, each = hardest(proxy, x, y, batch_size, trains, step, steps, factor)
-                loss_of[idx] = each
-                proxy_loss = each[hard].mean()
+                hard, drawn_losses = hardest(proxy, x, y, batch_size, trains, step, steps, factor)
+                loss_of[idx] = drawn_losses
+                proxy_loss = drawn_losses[hard].mean()
                 x, y = x[hard], y[hard]
             if step >= h.freeze * steps:
                 net.blocks[0].requires_grad_(False)
